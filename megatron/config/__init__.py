@@ -1,0 +1,1 @@
+"""Config: frozen sections whose fields are the flags. Standard library only."""

@@ -1,0 +1,27 @@
+"""Which implementation computes an operation, and which activations are recomputed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron.config.flags import flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """Choice of kernels and of activation recompute."""
+
+    title: ClassVar[str] = "kernels"
+
+    attention_backend: str = flag(
+        "auto",
+        choices=("auto", "unfused", "sdpa"),
+        help="implementation of attention; auto takes the fastest that can honour the request and says why",
+    )
+    recompute_granularity: str = flag(
+        "none",
+        choices=("none", "full"),
+        help="activations that backward computes again instead of keeping: none, or whole blocks",
+    )
+    recompute_num_layers: int = flag(1, help="blocks recomputed as one unit under --recompute-granularity full")
