@@ -1,0 +1,1 @@
+"""DeepSpeed behind one small interface; the only package that imports it."""
