@@ -1,0 +1,210 @@
+"""Collectives that autograd can differentiate, in conjugate pairs: the backward of one is the forward of the other.
+
+On a group of one each of them returns its input. Activations are [s, b, h]; dim 0 is the sequence.
+
+| forward                   | backward       | from -> to                                               |
+|---------------------------|----------------|----------------------------------------------------------|
+| `copy_to_group`           | all-reduce     | same on all ranks -> same, each rank computes a part     |
+| `reduce_from_group`       | identity       | a summand on each rank -> their sum on all               |
+| `gather_dim`              | split          | a slice on each rank -> all slices on all                |
+| `split_dim`               | gather         | same on all ranks -> this rank's slice                   |
+| `all_gather_sequence`     | reduce-scatter | sequence shard -> whole, each rank computes a part       |
+| `reduce_scatter_sequence` | all-gather     | a summand of the whole on each rank -> shard of the sum  |
+
+The first and third pair move the same data forward and differ in what they take the gradient of a gathered tensor to
+be: complete on every rank (`gather_dim`), or a summand on each (`all_gather_sequence`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron.parallel.groups import Group
+
+# torch 2.13 renamed these two; the old names warn there.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Pending(NamedTuple):
+    """A collective under way: its output may be read after `wait`, its input may not be changed before."""
+
+    output: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """Make the output ready (on a GPU: for what the current stream does next) and return it."""
+        if self.work is not None:
+            self.work.wait()
+        return self.output
+
+
+def start_all_reduce(tensor: Tensor, group: Group) -> Pending:
+    """Start to sum `tensor` over the group, in place; give it a contiguous tensor that nobody else reads."""
+    return Pending(tensor, dist.all_reduce(tensor, group=group.handle, async_op=True))
+
+
+def start_all_gather(shard: Tensor, group: Group) -> Pending:
+    """Start to concatenate the shards of all ranks along dim 0."""
+    shard = shard.contiguous()
+    whole = shard.new_empty(group.size * shard.shape[0], *shard.shape[1:])
+    return Pending(whole, _all_gather(whole, shard, group=group.handle, async_op=True))
+
+
+def start_reduce_scatter(summand: Tensor, group: Group) -> Pending:
+    """Start to sum `summand` over the group; each rank gets its slice of the sum along dim 0."""
+    summand = summand.contiguous()
+    shard = summand.new_empty(_slice_length(summand, 0, group), *summand.shape[1:])
+    return Pending(shard, _reduce_scatter(shard, summand, group=group.handle, async_op=True))
+
+
+def copy_to_group(tensor: Tensor, group: Group) -> Tensor:
+    """Hand a tensor that all ranks have to computations of which each rank does a part."""
+    return tensor if group.size == 1 else _Copy.apply(tensor, group)
+
+
+def reduce_from_group(tensor: Tensor, group: Group) -> Tensor:
+    """Sum the ranks' tensors; every rank gets the sum."""
+    return tensor if group.size == 1 else _Reduce.apply(tensor, group)
+
+
+def sum_gradient(param: nn.Parameter, group: Group) -> Tensor:
+    """Read a replicated parameter that this rank uses on its shard of the activations only.
+
+    Each rank's backward sees the part of the gradient that stems from its shard. Read through here, the parameter
+    receives the sum of all parts on every rank, before any engine, hook or accumulation sees it.
+    """
+    return copy_to_group(param, group)
+
+
+def gather_dim(tensor: Tensor, group: Group, dim: int = -1) -> Tensor:
+    """Concatenate the ranks' slices along `dim`, for computations that every rank does alike."""
+    return tensor if group.size == 1 else _Gather.apply(tensor, group, dim)
+
+
+def split_dim(tensor: Tensor, group: Group, dim: int = -1) -> Tensor:
+    """Keep this rank's slice along `dim` of a tensor that all ranks have alike.
+
+    Raises:
+        ValueError: the ranks do not divide the dimension.
+    """
+    return tensor if group.size == 1 else _Split.apply(tensor, group, dim)
+
+
+def all_gather_sequence(shard: Tensor, group: Group) -> Tensor:
+    """Concatenate the sequence shards [s/t, ...] to [s, ...], for computations of which each rank does a part."""
+    return shard if group.size == 1 else _AllGatherSequence.apply(shard, group)
+
+
+def reduce_scatter_sequence(summand: Tensor, group: Group) -> Tensor:
+    """Sum the ranks' tensors [s, ...] and keep this rank's sequence shard [s/t, ...] of the sum.
+
+    Raises:
+        ValueError: the ranks do not divide the sequence.
+    """
+    return summand if group.size == 1 else _ReduceScatterSequence.apply(summand, group)
+
+
+class _Copy(torch.autograd.Function):
+    """Identity forward, all-reduce backward. Conjugate: `_Reduce`."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum(grad, ctx.group), None
+
+
+class _Reduce(torch.autograd.Function):
+    """All-reduce forward, identity backward. Conjugate: `_Copy`."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        return _sum(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather along `dim` forward, split backward. Conjugate: `_Split`."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _concatenate(tensor, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _own_slice(grad, ctx.group, ctx.dim), None, None
+
+
+class _Split(torch.autograd.Function):
+    """Split along `dim` forward, all-gather backward. Conjugate: `_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return _own_slice(tensor, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _concatenate(grad, ctx.group, ctx.dim), None, None
+
+
+class _AllGatherSequence(torch.autograd.Function):
+    """All-gather along dim 0 forward, reduce-scatter backward. Conjugate: `_ReduceScatterSequence`."""
+
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return start_all_gather(shard, group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return start_reduce_scatter(grad, ctx.group).wait(), None
+
+
+class _ReduceScatterSequence(torch.autograd.Function):
+    """Reduce-scatter along dim 0 forward, all-gather backward. Conjugate: `_AllGatherSequence`."""
+
+    @staticmethod
+    def forward(ctx: Any, summand: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return start_reduce_scatter(summand, group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return start_all_gather(grad, ctx.group).wait(), None
+
+
+def _sum(tensor: Tensor, group: Group) -> Tensor:
+    # A copy, because others may read the tensor: a gradient flows into every branch of a sum as the same tensor.
+    return start_all_reduce(tensor.clone(memory_format=torch.contiguous_format), group).wait()
+
+
+def _concatenate(tensor: Tensor, group: Group, dim: int) -> Tensor:
+    whole = start_all_gather(tensor, group).wait()
+    return whole if dim == 0 else torch.cat(whole.chunk(group.size), dim=dim)
+
+
+def _own_slice(tensor: Tensor, group: Group, dim: int) -> Tensor:
+    length = _slice_length(tensor, dim, group)
+    # A copy: a view would keep the whole tensor in memory for as long as the slice lives.
+    return tensor.narrow(dim, group.rank * length, length).clone(memory_format=torch.contiguous_format)
+
+
+def _slice_length(tensor: Tensor, dim: int, group: Group) -> int:
+    if tensor.shape[dim] % group.size:
+        raise ValueError(
+            f"dimension {dim} of a tensor of shape {tuple(tensor.shape)} cannot be divided over {group.size} ranks"
+        )
+    return tensor.shape[dim] // group.size

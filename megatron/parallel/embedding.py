@@ -1,0 +1,116 @@
+"""Word embeddings with the vocabulary divided over a group of ranks, and learned positions.
+
+Legend: s sequence, b micro-batch, h hidden, t ranks of the tensor group.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.config.errors import ConfigError
+from megatron.parallel.collectives import reduce_from_group, reduce_scatter_sequence, sum_gradient
+from megatron.parallel.groups import Group
+from megatron.parallel.sharding import InitKind, divide, mark_init, mark_sharded
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Table of word vectors, its rows divided over the ranks of a group.
+
+    Every rank sees the same tokens, whole sequences of them, and looks up those that fall into its rows; the sum over
+    the ranks completes the vectors. With sequence parallelism each rank keeps its shard of the completed sequence: the
+    sum and the division are one reduce-scatter.
+
+    Parameters are empty until initialised (`mark_init`).
+
+    Args:
+        padded_vocab_size: rows of all ranks together.
+        hidden_size: h.
+        vocab_size: rows that tokens use; the others are padding and start as zeros.
+        group: the tensor group.
+        init: how the rows start.
+        sequence_parallel: whether the output is this rank's shard of the sequence.
+
+    Raises:
+        ConfigError: the ranks do not divide the padded vocabulary.
+    """
+
+    def __init__(
+        self,
+        padded_vocab_size: int,
+        hidden_size: int,
+        *,
+        vocab_size: int,
+        group: Group,
+        init: InitKind = "normal",
+        sequence_parallel: bool = False,
+    ) -> None:
+        super().__init__()
+        self.group = group
+        self.sequence_parallel = sequence_parallel
+        self.num_rows = divide(padded_vocab_size, group, "padded vocabulary size")
+        self.weight = nn.Parameter(torch.empty(self.num_rows, hidden_size))
+        padding = padded_vocab_size - vocab_size
+        mark_sharded(self.weight, 0, group, (padded_vocab_size, hidden_size), padding=padding)
+        mark_init(self.weight, init)
+
+    def forward(self, tokens_bs: Tensor) -> Tensor:
+        """Look up token ids [b, s]; returns [s, b, h], or [s/t, b, h] with sequence parallelism."""
+        tokens_sb = tokens_bs.t()
+        if self.group.size == 1:
+            return F.embedding(tokens_sb, self.weight)
+        rows_sb = tokens_sb - self.group.rank * self.num_rows
+        elsewhere_sb = (rows_sb < 0) | (rows_sb >= self.num_rows)
+        found = F.embedding(rows_sb.masked_fill(elsewhere_sb, 0), self.weight)
+        summand = found.masked_fill(elsewhere_sb.unsqueeze(-1), 0.0)
+        collect = reduce_scatter_sequence if self.sequence_parallel else reduce_from_group
+        return collect(summand, self.group)
+
+
+class LearnedPositions(nn.Module):
+    """Table of position vectors, whole on every rank, added to the hidden states.
+
+    With sequence parallelism a rank adds the vectors of its shard's positions, and the table is read through
+    `sum_gradient` so that its gradient is complete on every rank.
+
+    Parameters are empty until initialised (`mark_init`).
+
+    Args:
+        max_positions: rows of the table, the longest sequence.
+        hidden_size: h.
+        group: the tensor group.
+        sequence_parallel: whether the hidden states are this rank's shard of the sequence.
+    """
+
+    def __init__(self, max_positions: int, hidden_size: int, *, group: Group, sequence_parallel: bool = False) -> None:
+        super().__init__()
+        self.shards = group if sequence_parallel else Group.alone()
+        self.weight = nn.Parameter(torch.empty(max_positions, hidden_size))
+        mark_init(self.weight, "normal")
+
+    def forward(self, hidden: Tensor, position_ids_bs: Tensor | None = None, offset: int = 0) -> Tensor:
+        """Add each token's position vector.
+
+        Args:
+            hidden: [s, b, h], or [s/t, b, h] with sequence parallelism.
+            position_ids_bs: position of each token of the whole sequence [b, s]; counted from `offset` when None.
+            offset: position of the first token, when earlier ones are in a cache.
+
+        Raises:
+            ConfigError: the sequence is longer than the table.
+        """
+        table = sum_gradient(self.weight, self.shards)
+        length = hidden.shape[0]
+        first = self.shards.rank * length
+        if position_ids_bs is not None:
+            return hidden + F.embedding(position_ids_bs.t()[first : first + length], table)
+        end = offset + self.shards.size * length
+        if end > table.shape[0]:
+            raise ConfigError(
+                [
+                    f"a sequence of {end} tokens exceeds --max-position-embeddings {table.shape[0]}: "
+                    "shorten the sequence or raise the flag"
+                ]
+            )
+        return hidden + table[offset + first : offset + first + length].unsqueeze(1)

@@ -1,0 +1,95 @@
+"""Groups of ranks: who talks to whom. They are made once at start and handed to whatever needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron.parallel.mesh import AXES, Mesh
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that communicate with each other, seen from one of them.
+
+    Attributes:
+        ranks: their global ranks, ascending.
+        rank: this process's index in `ranks`, not its global rank.
+        handle: what `torch.distributed` takes as `group`; None for a group of one, which never communicates.
+    """
+
+    ranks: tuple[int, ...]
+    rank: int
+    handle: dist.ProcessGroup | None
+
+    @property
+    def size(self) -> int:
+        """Number of ranks in the group."""
+        return len(self.ranks)
+
+    @classmethod
+    def alone(cls, global_rank: int = 0) -> Group:
+        """Make a group of one: every collective on it returns its input."""
+        return cls(ranks=(global_rank,), rank=0, handle=None)
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """The groups of one rank: along each axis of the mesh, and all ranks together."""
+
+    world: Group
+    pipeline: Group
+    data: Group
+    ulysses: Group
+    tensor: Group
+
+    @classmethod
+    def alone(cls) -> ParallelGroups:
+        """Make the groups of a run on one rank, which needs no process group."""
+        return cls(**dict.fromkeys(("world", *AXES), Group.alone()))
+
+
+def create_groups(mesh: Mesh, rank: int, timeout: timedelta | None = None) -> ParallelGroups:
+    """Make every group of the mesh; all ranks call this together, once.
+
+    Args:
+        mesh: must have as many ranks as the initialised default process group (a mesh of one rank needs none).
+        rank: this process's global rank.
+        timeout: how long a rank waits for the others. torch does not hand the default group's value on to new
+            groups, so it is to be given here once more.
+
+    Raises:
+        ValueError: the mesh and the process group differ in their number of ranks, or the mesh has no such rank.
+    """
+    running = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if mesh.world_size != running:
+        raise ValueError(
+            f"the mesh {mesh} has {mesh.world_size} ranks but {running} are running: "
+            "the product of its sizes must equal the number of processes"
+        )
+    mesh.coordinates(rank)  # refuses a rank outside the mesh
+    # Every process makes every group, also those it is not in, and all in the same order: torch pairs them by order.
+    world = _create_own(mesh.lines(*AXES), rank, timeout)
+    along = {axis: _create_own(mesh.lines(axis), rank, timeout) for axis in AXES}
+    return ParallelGroups(world=world, **along)
+
+
+def _create_own(lines: Sequence[tuple[int, ...]], rank: int, timeout: timedelta | None) -> Group:
+    """Make one group for each line and return the one that `rank` is in."""
+    own = Group.alone(rank)
+    for ranks in lines:
+        handle = _create_handle(ranks, timeout)
+        if rank in ranks:
+            own = Group(ranks=ranks, rank=ranks.index(rank), handle=handle)
+    return own
+
+
+def _create_handle(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup | None:
+    if len(ranks) == 1:
+        return None
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD  # one communicator less: its buffers are memory on every GPU
+    return dist.new_group(list(ranks), timeout=timeout)

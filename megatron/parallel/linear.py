@@ -1,0 +1,189 @@
+"""Matrix products whose weight is spread over a group of ranks (Shoeybi et al. 2019, arXiv:1909.08053).
+
+A column-parallel product leaves each rank with some of the output features, a row-parallel one takes them in and sums
+over the ranks; between the two, every rank works on its own features without communication. With sequence parallelism
+(Korthikanti et al. 2022, arXiv:2205.05198) the activations outside of such a pair are shards of the sequence.
+
+Legend: s sequence, b micro-batch, t ranks of the group. Without sequence parallelism read s for s/t.
+
+| layer  | weight     | input          | output         |
+|--------|------------|----------------|----------------|
+| column | [out/t, in] | [s/t, b, in]   | [s, b, out/t]  |
+| row    | [out, in/t] | [s, b, in/t]   | [s/t, b, out]  |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron.parallel.collectives import (
+    reduce_from_group,
+    reduce_scatter_sequence,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+    sum_gradient,
+)
+from megatron.parallel.groups import Group
+from megatron.parallel.sharding import InitKind, divide, mark_init, mark_sharded
+
+
+class ColumnParallelLinear(nn.Module):
+    """Product whose output features are divided over the ranks of a group.
+
+    Parameters are empty until initialised (`mark_init`).
+
+    Args:
+        in_features: size of the last dimension of the input, whole on every rank.
+        out_features: number of output features of all ranks together.
+        bias: whether to add a bias, divided like the output features.
+        group: the tensor group.
+        init: how the weight starts.
+        blocks: number of equal blocks in the output features that are divided each for itself, so that a rank's output
+            is [block 0's part; block 1's part; ...]: 2 for the fused gate and up of a gated MLP.
+        padding: how many output features at the end are padding, of a padded vocabulary.
+        sequence_parallel: whether the input is this rank's shard of the sequence.
+
+    Raises:
+        ConfigError: the ranks do not divide a block.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        group: Group,
+        init: InitKind = "normal",
+        blocks: int = 1,
+        padding: int = 0,
+        sequence_parallel: bool = False,
+    ) -> None:
+        super().__init__()
+        local = blocks * divide(out_features // blocks, group, "output features")
+        self.group = group
+        self.sequence_parallel = sequence_parallel
+        self.weight = nn.Parameter(torch.empty(local, in_features))
+        mark_sharded(self.weight, 0, group, (out_features, in_features), blocks=blocks, padding=padding)
+        mark_init(self.weight, init)
+        self.bias = nn.Parameter(torch.empty(local)) if bias else None
+        if self.bias is not None:
+            mark_sharded(self.bias, 0, group, (out_features,), blocks=blocks, padding=padding)
+            mark_init(self.bias, "zeros")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return [s, b, out/t] for an input of [s, b, in], or [s/t, b, in] with sequence parallelism."""
+        return column_parallel_product(
+            input, self.weight, self.bias, group=self.group, sequence_parallel=self.sequence_parallel
+        )
+
+
+class RowParallelLinear(nn.Module):
+    """Product whose input features are divided over the ranks of a group.
+
+    Parameters are empty until initialised (`mark_init`).
+
+    Args:
+        in_features: number of input features of all ranks together.
+        out_features: size of the last dimension of the output, whole on every rank.
+        bias: whether to add a bias; it is whole on every rank and added once, after the sum over the ranks.
+        group: the tensor group.
+        init: how the weight starts.
+        sequence_parallel: whether the output is this rank's shard of the sequence.
+
+    Raises:
+        ConfigError: the ranks do not divide the input features.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        group: Group,
+        init: InitKind = "normal",
+        sequence_parallel: bool = False,
+    ) -> None:
+        super().__init__()
+        self.group = group
+        self.sequence_parallel = sequence_parallel
+        self.weight = nn.Parameter(torch.empty(out_features, divide(in_features, group, "input features")))
+        mark_sharded(self.weight, 1, group, (out_features, in_features))
+        mark_init(self.weight, init)
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        if self.bias is not None:
+            mark_init(self.bias, "zeros")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return [s, b, out], or [s/t, b, out] with sequence parallelism, for an input of [s, b, in/t]."""
+        if self.group.size == 1:
+            return F.linear(input, self.weight, self.bias)
+        summand = F.linear(input, self.weight)
+        if self.sequence_parallel:
+            output = reduce_scatter_sequence(summand, self.group)
+            return output if self.bias is None else output + sum_gradient(self.bias, self.group)
+        output = reduce_from_group(summand, self.group)
+        return output if self.bias is None else output + self.bias
+
+
+def column_parallel_product(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: Group,
+    sequence_parallel: bool = False,
+) -> Tensor:
+    """Multiply by a weight whose rows are divided over the group, e.g. the tied embedding as the output head.
+
+    Args:
+        input: [s, b, in] the same on all ranks, or this rank's shard [s/t, b, in] with sequence parallelism.
+        weight: this rank's rows, [out/t, in].
+        bias: this rank's part, [out/t].
+        group: the ranks that share the rows.
+        sequence_parallel: whether the input is a shard of the sequence.
+
+    Returns:
+        [s, b, out/t].
+    """
+    if group.size == 1:
+        return F.linear(input, weight, bias)
+    return _ColumnProduct.apply(input, weight, bias, group, sequence_parallel)
+
+
+class _ColumnProduct(torch.autograd.Function):
+    """`copy_to_group` or `all_gather_sequence`, then the product, as one function.
+
+    Written apart, autograd would keep the gathered input for the weight's gradient, t times the shard, and would wait
+    for the collective of the input's gradient before it starts on the weight's. Here the shard is kept and gathered
+    again in backward, and both collectives of backward run beside a product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence_parallel: bool
+    ) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.group, ctx.sequence_parallel = group, sequence_parallel
+        whole = start_all_gather(input, group).wait() if sequence_parallel else input
+        return F.linear(whole, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        input, weight = ctx.saved_tensors
+        _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        gathering = start_all_gather(input, ctx.group) if ctx.sequence_parallel and needs_weight else None
+        grad_whole = grad @ weight
+        whole = gathering.wait() if gathering else input
+        reduce = start_reduce_scatter if ctx.sequence_parallel else start_all_reduce
+        reducing = reduce(grad_whole, ctx.group)
+        grad_rows = grad.flatten(0, -2)
+        grad_weight = grad_rows.t() @ whole.flatten(0, -2) if needs_weight else None
+        grad_bias = grad_rows.sum(dim=0) if needs_bias else None
+        return reducing.wait(), grad_weight, grad_bias, None, None
