@@ -1,0 +1,1 @@
+"""Text to token ids and back: one file a kind of tokenizer, `build.py` picks."""
