@@ -1,0 +1,51 @@
+"""The global batch size as a pure function of consumed samples (Megatron-LM's ramp-up)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSize:
+    """A global batch that grows from `start` to `final` by `increment`, evenly over `ramp_samples` samples."""
+
+    final: int
+    start: int
+    increment: int
+    ramp_samples: int
+
+    @classmethod
+    def constant(cls, size: int) -> BatchSize:
+        """No ramp."""
+        return cls(final=size, start=size, increment=1, ramp_samples=0)
+
+    @classmethod
+    def ramped(cls, size: int, ramp: tuple[int, ...]) -> BatchSize:
+        """The ramp of `--rampup-batch-size START INCREMENT SAMPLES`; constant when `ramp` is empty."""
+        if not ramp:
+            return cls.constant(size)
+        start, increment, samples = ramp
+        return cls(final=size, start=start, increment=increment, ramp_samples=samples)
+
+    def at(self, consumed_samples: int) -> int:
+        """Samples of the step that starts after `consumed_samples`."""
+        increments = (self.final - self.start) // self.increment
+        if increments == 0 or self.ramp_samples == 0 or consumed_samples > self.ramp_samples:
+            return self.final
+        return self.start + int(consumed_samples / (self.ramp_samples / increments)) * self.increment
+
+    def samples_of(self, iterations: int) -> int:
+        """Samples that the first `iterations` steps consume."""
+        samples = done = 0
+        while done < iterations and self.at(samples) < self.final:
+            samples += self.at(samples)
+            done += 1
+        return samples + (iterations - done) * self.final
+
+    def iterations_of(self, samples: int) -> int:
+        """Steps until at least `samples` are consumed."""
+        consumed = done = 0
+        while consumed < samples and self.at(consumed) < self.final:
+            consumed += self.at(consumed)
+            done += 1
+        return done - (consumed - samples) // self.final if consumed < samples else done

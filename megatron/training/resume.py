@@ -1,0 +1,66 @@
+"""Whether a checkpoint fits the run that wants to resume it: every difference, old -> new, in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron.training.checkpoint import CheckpointError
+
+FREE_TO_CHANGE = frozenset({"attention_dropout", "hidden_dropout", "init_method_std"})
+"""Fields of the model that do not change what its weights mean."""
+
+FIXED = {
+    "training": ("precision",),
+    "optimizer": ("optimizer",),
+    "engine": ("zero_stage", "cpu_optimizer"),
+    "parallel": ("tensor_model_parallel_size", "pipeline_model_parallel_size", "ds_sequence_parallel_size"),
+}
+"""Fields outside the model that decide which files the engine wrote."""
+
+SILENT_SECTIONS = frozenset({"checkpoint", "reporting"})
+
+
+def check_fits(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Compare the sections that a checkpoint was saved with to those of this run.
+
+    Returns:
+        What changed and may, as `--flag old -> new`.
+
+    Raises:
+        CheckpointError: something changed that the checkpoint's weights or files depend on; lists all of it.
+    """
+    fatal, harmless = [], []
+    for section, values in current.items():
+        old_values = saved.get(section, {})
+        for name in sorted(set(values) | set(old_values)):
+            old, new = old_values.get(name), values.get(name)
+            if old != new:
+                change = f"--{name.replace('_', '-')} {old} -> {new}"
+                (fatal if _is_fixed(section, name) else harmless).append((section, change))
+    if fatal:
+        raise CheckpointError(
+            "the checkpoint is of another model or layout: "
+            + ", ".join(change for _, change in fatal)
+            + "; start with the checkpoint's values, or without --load"
+        )
+    return [change for section, change in harmless if section not in SILENT_SECTIONS]
+
+
+def check_layout(saved: Mapping[str, Any], *, data_parallel_size: int) -> None:
+    """Refuse another number of data-parallel ranks.
+
+    Raises:
+        CheckpointError: the numbers differ.
+    """
+    old = saved.get("data_parallel_size")
+    if old != data_parallel_size:
+        raise CheckpointError(
+            f"the checkpoint was saved with data-parallel size {old} and this run has {data_parallel_size}: optimizer "
+            f"state and random streams are split over those ranks, so that for now only the same size resumes; start "
+            f"{old} ranks"
+        )
+
+
+def _is_fixed(section: str, name: str) -> bool:
+    return name not in FREE_TO_CHANGE if section == "model" else name in FIXED.get(section, ())
