@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.data.errors import DataError, MissingDataError
-from megatron.data.meta import DatasetMeta, fingerprint_pair, meta_path
+from megatron.data.meta import PairFingerprint, index_path, meta_path, tokens_path
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -208,17 +208,16 @@ def check_signs(path: Path, tokens: npt.NDArray[Any]) -> None:
             return
 
 
-def check_side_file(prefix: str, index: Path, tokens: Path, meta: DatasetMeta) -> None:
+def check_side_file(prefix: str, found: PairFingerprint, expected: PairFingerprint) -> None:
     """Check a pair against the sizes and digests of its side file.
 
     Raises:
         DataError: the side file was written for other files.
     """
-    found, expected = fingerprint_pair(index, tokens), meta.files
     if found == expected:
         return
     index_is_same = (found.idx_bytes, found.idx_sha256) == (expected.idx_bytes, expected.idx_sha256)
-    stranger = tokens if index_is_same else index
+    stranger = tokens_path(prefix) if index_is_same else index_path(prefix)
     raise DataError(
         f"{stranger} is not the file that {meta_path(prefix)} was written for (its size or content differs): {REMEDY}; "
         f"if the pair is right and the side file is left over from another, delete the side file."

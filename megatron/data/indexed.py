@@ -54,6 +54,7 @@ class IndexedDataset:
         document_indices: int64 [documents + 1], first sequence of each document.
         tokens: [tokens] of `dtype`, all sequences in a row.
         meta: content of the side file, or None.
+        fingerprint: sizes and digests of the two files.
 
     Raises:
         MissingDataError: one of the two files is not there.
@@ -71,8 +72,9 @@ class IndexedDataset:
         self._map_tokens()
         check_signs(tokens, self.tokens)
         self.meta = DatasetMeta.read(prefix)
+        self.fingerprint = fingerprint_pair(index, tokens)
         if self.meta is not None:
-            check_side_file(self.prefix, index, tokens, self.meta)
+            check_side_file(self.prefix, self.fingerprint, self.meta.files)
 
     def _map(self, header: IndexHeader) -> None:
         self.dtype = header.token_type
@@ -116,7 +118,8 @@ class IndexedDataset:
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process as a name: the files are mapped there, and were checked here."""
-        return {"prefix": self.prefix, "num_tokens": self.num_tokens, "meta": self.meta}
+        kept = ("prefix", "num_tokens", "meta", "fingerprint")
+        return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
