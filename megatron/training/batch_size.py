@@ -16,26 +16,26 @@ class BatchSize:
 
     @classmethod
     def constant(cls, size: int) -> BatchSize:
-        """No ramp."""
+        """Make one that never changes."""
         return cls(final=size, start=size, increment=1, ramp_samples=0)
 
     @classmethod
     def ramped(cls, size: int, ramp: tuple[int, ...]) -> BatchSize:
-        """The ramp of `--rampup-batch-size START INCREMENT SAMPLES`; constant when `ramp` is empty."""
+        """Follow `--rampup-batch-size START INCREMENT SAMPLES`; constant when `ramp` is empty."""
         if not ramp:
             return cls.constant(size)
         start, increment, samples = ramp
         return cls(final=size, start=start, increment=increment, ramp_samples=samples)
 
     def at(self, consumed_samples: int) -> int:
-        """Samples of the step that starts after `consumed_samples`."""
+        """Give the samples of the step that starts after `consumed_samples`."""
         increments = (self.final - self.start) // self.increment
         if increments == 0 or self.ramp_samples == 0 or consumed_samples > self.ramp_samples:
             return self.final
         return self.start + int(consumed_samples / (self.ramp_samples / increments)) * self.increment
 
     def samples_of(self, iterations: int) -> int:
-        """Samples that the first `iterations` steps consume."""
+        """Count the samples that the first `iterations` steps consume."""
         samples = done = 0
         while done < iterations and self.at(samples) < self.final:
             samples += self.at(samples)
@@ -43,7 +43,7 @@ class BatchSize:
         return samples + (iterations - done) * self.final
 
     def iterations_of(self, samples: int) -> int:
-        """Steps until at least `samples` are consumed."""
+        """Count the steps until at least `samples` are consumed."""
         consumed = done = 0
         while consumed < samples and self.at(consumed) < self.final:
             consumed += self.at(consumed)

@@ -155,14 +155,16 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): the checkpoint is damaged, resume another one") from error
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): the checkpoint is damaged, resume another one"
+        ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object: the checkpoint is damaged, resume another one")
+        raise CheckpointError(f"{path} holds no JSON object: the checkpoint is damaged, load another")
     return value
 
 
 def iterations_in(root: Path) -> list[int]:
-    """Iterations whose checkpoint in `root` is marked complete, ascending."""
+    """List the iterations whose checkpoint in `root` is marked complete, ascending."""
     names = (path.name for path in root.glob("step_*") if (path / MANIFEST).is_file())
     return sorted(int(name.removeprefix("step_")) for name in names if re.fullmatch(r"step_\d+", name))
 
@@ -206,7 +208,7 @@ def _candidates(root: Path, warn: Callable[[str], None]) -> list[Path]:
 
 
 def _pointed(root: Path, warn: Callable[[str], None]) -> Path | None:
-    """The checkpoint that `latest` names; the scan of the folder decides when it names none."""
+    """Follow `latest`; the scan of the folder decides when it names no checkpoint."""
     try:
         tag = (root / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
@@ -219,7 +221,7 @@ def _pointed(root: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def _problem(path: Path, control: Control) -> str | None:
-    """What is wrong with a checkpoint, found by the ranks together, each hashing its share of the files."""
+    """Say what is wrong with a checkpoint; the ranks look together, each hashing its share of the files."""
     expected: dict[str, dict[str, Any]]
     expected, problem = control.of_first(_expected_files(path) if control.is_first else None)
     if problem is not None:
@@ -236,7 +238,7 @@ def _problem(path: Path, control: Control) -> str | None:
 
 
 def _expected_files(path: Path) -> tuple[dict[str, dict[str, Any]], str | None]:
-    """The manifest, and what a look at the sizes finds wrong."""
+    """Read the manifest, and say what a look at the sizes finds wrong."""
     try:
         files = read_json(path / MANIFEST)["files"]
         for name, digest in files.items():

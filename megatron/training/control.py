@@ -35,7 +35,7 @@ class Control:
         return self.rank == 0
 
     def largest(self, value: int) -> int:
-        """The largest of the ranks' values."""
+        """Agree on the largest of the ranks' values."""
         if self._handle is None:
             return value
         agreed = torch.tensor(value, dtype=torch.int64)

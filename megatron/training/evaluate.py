@@ -17,13 +17,14 @@ class Evaluation:
     lm_loss: float
     tokens: int
 
-    @property
-    def perplexity(self) -> float:
-        """`exp` of the loss."""
-        return perplexity(self.lm_loss)
+    def to_json(self) -> dict[str, float]:
+        """Loss, its exponential, and the number of tokens."""
+        return {"lm_loss": self.lm_loss, "perplexity": perplexity(self.lm_loss), "tokens": self.tokens}
 
 
-def evaluate(engine: Engine, micro_batches: Iterator[MicroBatch], *, steps: int, micro_batches_per_step: int) -> Evaluation:
+def evaluate(
+    engine: Engine, micro_batches: Iterator[MicroBatch], *, steps: int, micro_batches_per_step: int
+) -> Evaluation:
     """Evaluate on the next `steps` global batches. Every rank calls it with its own micro-batches.
 
     Raises:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import resource
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from torch import Tensor
+import torch
 
+from megatron.engine.interface import StepResult
 from megatron.training.state import TrainState
 
 PEAK_TFLOPS_BF16 = (
@@ -41,7 +42,7 @@ PEAK_TFLOPS_BF16 = (
 
 
 def peak_tflops(device_name: str, precision: str) -> float | None:
-    """The peak of a GPU by its name; None for an unknown one, and for fp32, whose peak depends on torch's switches."""
+    """Look up a GPU by its name; None for an unknown one, and for fp32, whose peak depends on torch's switches."""
     if precision == "fp32":
         return None
     return next((peak for name, peak in PEAK_TFLOPS_BF16 if name.lower() in device_name.lower()), None)
@@ -77,19 +78,6 @@ class SpeedModel:
         }
 
 
-class StepOutcome(Protocol):
-    """What this file reads of an engine's step result."""
-
-    @property
-    def loss(self) -> Tensor: ...
-    @property
-    def grad_norm(self) -> Tensor: ...
-    @property
-    def skipped(self) -> bool: ...
-    @property
-    def loss_scale(self) -> float: ...
-
-
 @dataclass
 class Interval:
     """The steps since the last report.
@@ -99,6 +87,7 @@ class Interval:
 
     Attributes:
         lowest_loss_scale: an overflow at a higher scale is fp16's ordinary search for a scale, no bad result.
+        last: values of the last step that the schedules gave.
     """
 
     lowest_loss_scale: float = 1.0
@@ -107,14 +96,18 @@ class Interval:
     losses: list[float] = field(default_factory=list)
     grad_norm: float = math.nan
     loss_scale: float = 1.0
-    _pending: StepOutcome | None = None
+    last: dict[str, float] = field(default_factory=dict)
+    _pending: StepResult | None = None
 
-    def add(self, result: StepOutcome, samples: int, state: TrainState) -> None:
+    def add(
+        self, result: StepResult, state: TrainState, *, samples: int, learning_rate: float, weight_decay: float
+    ) -> None:
         """Take the result of a step, and read that of the step before."""
         self.settle(state)
         self._pending = result
         self.steps += 1
         self.samples += samples
+        self.last = {"learning_rate": learning_rate, "weight_decay": weight_decay, "global_batch_size": samples}
         if result.skipped:
             self.settle(state)
 
@@ -132,10 +125,17 @@ class Interval:
         state.nonfinite_steps += bad
         state.nonfinite_streak = state.nonfinite_streak + 1 if bad else 0
 
-    @property
-    def mean_loss(self) -> float:
-        """Mean over the steps with a finite loss; NaN when there is none."""
-        return math.fsum(self.losses) / len(self.losses) if self.losses else math.nan
+    def to_json(self) -> dict[str, float]:
+        """Give what a report says of the steps: their mean loss (of finite ones), the rest as of the last step."""
+        mean = math.fsum(self.losses) / len(self.losses) if self.losses else math.nan
+        return {"lm_loss": mean, "grad_norm": self.grad_norm, "loss_scale": self.loss_scale, **self.last}
+
+
+def memory_gib(device: torch.device) -> float:
+    """Most memory held so far: of the GPU, or of this process on a CPU."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return torch.get_device_module(device).max_memory_allocated(device) / 2**30
 
 
 def perplexity(loss: float) -> float:

@@ -54,7 +54,7 @@ def evaluation_line(record: Record) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """A number in the given format; `nan` for one that is not there."""
+    """Format a number; `nan` for one that is not there."""
     return format(math.nan if value is None else value, form)
 
 
@@ -149,7 +149,7 @@ class LiveConsole:
 
 
 def build_console(progress: str, total_iterations: int | None) -> Console:
-    """The console that `--progress` asks for; `auto` is live on a terminal."""
+    """Make the console that `--progress` asks for; `auto` is live on a terminal."""
     if progress == "live" or (progress == "auto" and sys.stdout.isatty()):
         return LiveConsole(total_iterations)
     return PlainConsole(total_iterations)

@@ -116,7 +116,9 @@ class MLflow:
 class Background:
     """Opens and feeds a tracker in a thread of its own; the first failure, or a full queue, is told once."""
 
-    def __init__(self, name: str, opening: Callable[[], Tracker], warn: Callable[[str], None], size: int = 1000) -> None:
+    def __init__(
+        self, name: str, opening: Callable[[], Tracker], warn: Callable[[str], None], size: int = 1000
+    ) -> None:
         self._name = name
         self._opening = opening
         self._warn = warn
@@ -171,7 +173,10 @@ class MetricsFile:
 
     def write(self, record: Record) -> None:
         """Append the record; a value that is not finite becomes null."""
-        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+        values = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
         self._file.write(json.dumps(values, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
@@ -180,7 +185,7 @@ class MetricsFile:
         self._file.close()
 
     def _end_cut_line(self) -> None:
-        """A process killed while it wrote leaves half a line: the next one starts on its own."""
+        """Start on a new line after a process that was killed while it wrote one."""
         if self._file.seek(0, 2):
             self._file.seek(-1, 2)
             if self._file.read(1) != b"\n":
@@ -264,7 +269,7 @@ def build_reporter(
     total_iterations: int | None,
     config: Mapping[str, Any],
 ) -> Reporter:
-    """The reporter of this rank.
+    """Make the reporter of this rank.
 
     Raises:
         UserError: a tracker was asked for whose library is not installed (on every rank alike).
@@ -307,7 +312,7 @@ def _open_metrics_file(path: str | None, save: str | None, warn: Callable[[str],
 def _require(wanted: object, library: str, flag: str) -> None:
     if wanted is not None and importlib.util.find_spec(library) is None:
         raise UserError(
-            f"{flag} {wanted} needs the library {library}, which is not installed: pip install megatron-deepspeed[{library}]"
+            f"{flag} {wanted} needs {library}, which is not installed: pip install megatron-deepspeed[{library}]"
         )
 
 

@@ -30,7 +30,8 @@ def check_fits(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str
     Raises:
         CheckpointError: something changed that the checkpoint's weights or files depend on; lists all of it.
     """
-    fatal, harmless = [], []
+    fatal: list[tuple[str, str]] = []
+    harmless: list[tuple[str, str]] = []
     for section, values in current.items():
         old_values = saved.get(section, {})
         for name in sorted(set(values) | set(old_values)):

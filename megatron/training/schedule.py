@@ -32,8 +32,8 @@ class LearningRate:
     wsd_length: float = 0
 
     def at(self, progress: int) -> float:
-        """Learning rate of the step that starts after `progress`."""
-        if 0 < self.warmup and progress <= self.warmup:
+        """Give the learning rate of the step that starts after `progress`."""
+        if self.warmup > 0 and progress <= self.warmup:
             return self.initial + (self.peak - self.initial) * progress / self.warmup
         if self.style == "constant":
             return self.peak
@@ -44,7 +44,7 @@ class LearningRate:
         return self.minimum + self._share(progress) * (self.peak - self.minimum)
 
     def _share(self, progress: int) -> float:
-        """How much of the way from the minimum to the peak is left, in [0, 1]."""
+        """Give the share of the way from the minimum to the peak that is left, in [0, 1]."""
         if self.style == "WSD":
             start = self.length - self.wsd_length
             return 1.0 if progress <= start else decayed(self.wsd_style, (progress - start) / self.wsd_length)
@@ -52,7 +52,7 @@ class LearningRate:
 
 
 def decayed(style: str, ratio: float) -> float:
-    """A fall from 1 at `ratio` 0 to 0 at `ratio` 1, by its shape's name."""
+    """Fall from 1 at `ratio` 0 to 0 at `ratio` 1, by the shape's name."""
     match style:
         case "linear":
             return 1.0 - ratio
@@ -76,14 +76,14 @@ class WeightDecay:
     length: float = math.inf
 
     def at(self, progress: int) -> float:
-        """Weight decay of the step that starts after `progress`."""
+        """Give the weight decay of the step that starts after `progress`."""
         if self.style == "constant" or progress > self.length:
             return self.end
         return self.start + (1.0 - decayed(self.style, progress / self.length)) * (self.end - self.start)
 
 
 def training_length(training: TrainingConfig) -> dict[Unit, int]:
-    """The limits that were given, by unit, in the order iterations, samples, tokens."""
+    """List the limits that were given, by unit, in the order iterations, samples, tokens."""
     limits: dict[Unit, int | None] = {
         "iterations": training.train_iters,
         "samples": training.train_samples,
@@ -93,7 +93,7 @@ def training_length(training: TrainingConfig) -> dict[Unit, int]:
 
 
 def build_learning_rate(optimizer: OptimizerConfig, training: TrainingConfig) -> LearningRate:
-    """The schedule that the flags describe.
+    """Make the schedule that the flags describe.
 
     Its unit is that of the `--lr-*` length flags, else that of the training's limit.
 
@@ -101,7 +101,7 @@ def build_learning_rate(optimizer: OptimizerConfig, training: TrainingConfig) ->
         ConfigError: the flags leave the length of the decay open, or the warm-up (or WSD's decay) does not fit in it.
     """
     limits = training_length(training)
-    unit = _unit_of(optimizer) or next(iter(limits), "iterations")
+    unit = _unit_of(optimizer) or _unit_of_training(training)
     suffix = FLAG_SUFFIX[unit]
     length = getattr(optimizer, f"lr_decay_{suffix}") or limits.get(unit, math.inf)
     warmup = getattr(optimizer, f"lr_warmup_{suffix}")
@@ -123,14 +123,14 @@ def build_learning_rate(optimizer: OptimizerConfig, training: TrainingConfig) ->
 
 
 def build_weight_decay(optimizer: OptimizerConfig, training: TrainingConfig) -> WeightDecay:
-    """The ramp that the flags describe, over the whole training."""
-    unit, length = next(iter(training_length(training).items()), ("iterations", math.inf))
+    """Make the ramp that the flags describe, over the whole training."""
+    unit = _unit_of_training(training)
     return WeightDecay(
         unit=unit,
         style=optimizer.weight_decay_incr_style,
         start=optimizer.start_weight_decay,
         end=optimizer.end_weight_decay,
-        length=length,
+        length=training_length(training).get(unit, math.inf),
     )
 
 
@@ -140,6 +140,10 @@ def _unit_of(optimizer: OptimizerConfig) -> Unit | None:
             if getattr(optimizer, f"{name}_{suffix}"):
                 return unit
     return None
+
+
+def _unit_of_training(training: TrainingConfig) -> Unit:
+    return next(iter(training_length(training)), "iterations")
 
 
 def _check(schedule: LearningRate) -> None:
@@ -155,8 +159,8 @@ def _check(schedule: LearningRate) -> None:
     if decays and schedule.warmup >= schedule.length:
         raise ConfigError(
             [
-                f"the warm-up of {schedule.warmup:g} {schedule.unit} does not end before the schedule of "
-                f"{schedule.length:g} {schedule.unit} does: shorten --lr-warmup-{suffix} or lengthen --lr-decay-{suffix}"
+                f"the warm-up of {schedule.warmup:g} {schedule.unit} must end before the schedule of "
+                f"{schedule.length:g} {schedule.unit}: shorten --lr-warmup-{suffix} or lengthen --lr-decay-{suffix}"
             ]
         )
     if schedule.style == "WSD" and not 0 < schedule.wsd_length <= schedule.length - schedule.warmup:

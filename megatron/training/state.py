@@ -32,7 +32,7 @@ class TrainState:
         self.consumed_tokens += tokens
 
     def progress(self, unit: Unit) -> int:
-        """What was consumed so far, counted in `unit`."""
+        """Count what was consumed so far in `unit`."""
         return {
             "iterations": self.iteration,
             "samples": self.consumed_samples,
@@ -40,12 +40,12 @@ class TrainState:
         }[unit]
 
     def to_json(self) -> dict[str, int]:
-        """The counters as a JSON object."""
+        """Return the counters as a JSON object."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainState:
-        """The inverse of `to_json`.
+        """Read what `to_json` gave.
 
         Raises:
             ValueError: a counter is missing, unknown or not a non-negative integer.

@@ -24,11 +24,16 @@ SECONDS_OF_ONE_REQUEST = 5.0
 
 @dataclass(frozen=True)
 class Stop:
-    """The decision to end the run."""
+    """The decision to end the run.
+
+    Attributes:
+        finished: the training has reached its end, and is not merely interrupted.
+    """
 
     reason: str
     exit_code: int = EXIT_DONE
     save: bool = True
+    finished: bool = False
 
 
 class SignalFlag:
@@ -99,13 +104,15 @@ class StopRules:
         )
 
     def stop(self, state: TrainState, *, stepped: bool) -> Stop | None:
-        """The reason to stop now, the same on every rank, or None.
+        """Find the reason to stop now, the same on every rank, or None.
 
         Args:
             state: the counters.
             stepped: whether this process has made a step yet.
         """
-        return self._limit_reached(state) or self._bad_result(state) or self._requested() or self._interval(state, stepped)
+        return (
+            self._limit_reached(state) or self._bad_result(state) or self._requested() or self._interval(state, stepped)
+        )
 
     def _limit_reached(self, state: TrainState) -> Stop | None:
         training = self._training
@@ -115,7 +122,7 @@ class StopRules:
             ("--train-tokens", training.train_tokens, state.consumed_tokens),
         ):
             if limit is not None and value >= limit:
-                return Stop(f"{flag} {limit} is reached")
+                return Stop(f"{flag} {limit} is reached", finished=True)
         return None
 
     def _bad_result(self, state: TrainState) -> Stop | None:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from megatron.engine.interface import Engine, MicroBatch
-from megatron.parallel.random import RandomStreams
 from megatron.training.batch_size import BatchSize
-from megatron.training.checkpoint import save_checkpoint
-from megatron.training.control import Control
 from megatron.training.evaluate import evaluate
 from megatron.training.metrics import Interval, SpeedModel, memory_gib
 from megatron.training.report import Reporter
@@ -27,13 +23,11 @@ Batches = Iterator[MicroBatch]
 
 @dataclass(frozen=True, kw_only=True)
 class Cadence:
-    """How often things happen, in steps, and how large they are; None and 0 are never."""
+    """How often things happen, in steps; None and 0 are never."""
 
     log: int
     evaluate: int
-    evaluation_steps: int
     save: int | None
-    keep_last: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +36,27 @@ class Plan:
 
     Attributes:
         samples_per_micro_step: samples that all ranks together take through the model at once.
+        evaluation_steps: global batches of one evaluation.
         total_samples: where the training ends, or None when only a request ends it.
+        lowest_loss_scale: an overflow at a higher scale is fp16's search for one, not a bad result.
     """
 
     batch_size: BatchSize
     learning_rate: LearningRate
     weight_decay: WeightDecay
     speed: SpeedModel
-    samples_per_micro_step: int
-    total_samples: int | None
     cadence: Cadence
+    samples_per_micro_step: int
+    evaluation_steps: int
+    total_samples: int | None
+    lowest_loss_scale: float = 1.0
+
+
+class Checkpoints(Protocol):
+    """Keeps what a later run needs to continue this one."""
+
+    def save(self, engine: Engine, state: TrainState) -> str:
+        """Keep it, and return where."""
 
 
 class Trainer:
@@ -62,14 +67,11 @@ class Trainer:
         state: where to start; changes with every step.
         engine: trains.
         training_batches: this rank's micro-batches from `state` on, without end.
-        held_out: for "validation" and "test", how to open this rank's micro-batches from the first one.
+        held_out: by the names "validation" and "test", how to open this rank's micro-batches from the first one on.
         rules: when to stop.
         signals: what asks the process to stop.
         reporter: whom to tell.
-        control: the ranks.
-        streams: random streams, for the checkpoints.
-        save: folder of the checkpoints, or None.
-        saved: what a checkpoint keeps besides the counters: the run's config, and its layout.
+        checkpoints: what saves; None saves nothing.
     """
 
     def __init__(
@@ -83,12 +85,7 @@ class Trainer:
         rules: StopRules,
         signals: SignalFlag,
         reporter: Reporter,
-        control: Control,
-        streams: RandomStreams,
-        timers: Timers,
-        interval: Interval,
-        save: Path | None,
-        saved: Mapping[str, Mapping[str, Any]],
+        checkpoints: Checkpoints | None,
     ) -> None:
         self.plan = plan
         self.state = state
@@ -98,12 +95,9 @@ class Trainer:
         self._rules = rules
         self._signals = signals
         self._reporter = reporter
-        self._control = control
-        self._streams = streams
-        self._timers = timers
-        self._interval = interval
-        self._save = save
-        self._saved = saved
+        self._checkpoints = checkpoints
+        self._timers = Timers()
+        self._interval = Interval(plan.lowest_loss_scale)
         self._first_iteration = self._saved_at = self._evaluated_at = state.iteration
 
     def fit(self) -> int:
@@ -118,7 +112,7 @@ class Trainer:
                 if self._due(cadence.evaluate):
                     self._evaluate("validation")
                 if self._due(cadence.save):
-                    self._checkpoint()
+                    self._save()
             return self._leave(stop)
 
     def evaluate_only(self) -> int:
@@ -132,18 +126,76 @@ class Trainer:
         return self._rules.stop(self.state, stepped=self.state.iteration > self._first_iteration)
 
     def _due(self, interval: int | None) -> bool:
-        return bool(interval) and self.state.iteration % interval == 0
+        return interval is not None and interval > 0 and self.state.iteration % interval == 0
 
     def _train_step(self) -> None:
         state, plan = self.state, self.plan
         samples = plan.batch_size.at(state.consumed_samples)
+        learning_rate = plan.learning_rate.at(state.progress(plan.learning_rate.unit))
+        weight_decay = plan.weight_decay.at(state.progress(plan.weight_decay.unit))
         with self._timers.measure("data"):
             micro_batches = list(islice(self._training_batches, samples // plan.samples_per_micro_step))
         with self._timers.measure("step"):
-            result = self.engine.train_step(
-                micro_batches,
-                learning_rate=plan.learning_rate.at(state.progress(plan.learning_rate.unit)),
-                weight_decay=plan.weight_decay.at(state.progress(plan.weight_decay.unit)),
-            )
+            result = self.engine.train_step(micro_batches, learning_rate=learning_rate, weight_decay=weight_decay)
         state.advance(samples=samples, tokens=samples * plan.speed.tokens_per_sample)
-        self._interval.add(result, samples, state)
+        self._interval.add(result, state, samples=samples, learning_rate=learning_rate, weight_decay=weight_decay)
+
+    def _report(self) -> None:
+        interval, state = self._interval, self.state
+        interval.settle(state)
+        seconds, timers = self._timers.take()
+        self._reporter.train(
+            {
+                **state.to_json(),
+                **interval.to_json(),
+                "elapsed_ms_per_step": 1e3 * seconds / interval.steps,
+                **self.plan.speed.measure(interval.samples, seconds),
+                "eta_seconds": self._seconds_left(seconds / interval.samples),
+                "memory_gib": memory_gib(self.engine.device),
+                "timers_ms": {name: 1e3 * spent / interval.steps for name, spent in timers.items()},
+            }
+        )
+        self._interval = Interval(self.plan.lowest_loss_scale)
+
+    def _seconds_left(self, seconds_per_sample: float) -> float | None:
+        total = self.plan.total_samples
+        return None if total is None else max(total - self.state.consumed_samples, 0) * seconds_per_sample
+
+    def _evaluate(self, split: str) -> None:
+        if split not in self._held_out:
+            return
+        with self._timers.measure("evaluate", part_of_step=False):
+            micro_batches_per_step = self.plan.batch_size.final // self.plan.samples_per_micro_step
+            result = evaluate(
+                self.engine,
+                self._held_out[split](),
+                steps=self.plan.evaluation_steps,
+                micro_batches_per_step=micro_batches_per_step,
+            )
+        self._reporter.evaluation({"split": split, **self.state.to_json(), **result.to_json()})
+        if split == "validation":
+            self._evaluated_at = self.state.iteration
+
+    def _save(self) -> None:
+        if self._checkpoints is None:
+            return
+        self._interval.settle(self.state)
+        with self._timers.measure("save", part_of_step=False):
+            where = self._checkpoints.save(self.engine, self.state)
+        self._saved_at = self.state.iteration
+        self._reporter.say(f" saved {where}")
+
+    def _leave(self, stop: Stop) -> int:
+        state = self.state
+        if self._interval.steps:
+            self._report()
+        if stop.finished and self._evaluated_at != state.iteration:
+            self._evaluate("validation")
+        if stop.finished:
+            self._evaluate("test")
+        self._reporter.say(
+            f" stopping at iteration {state.iteration} ({state.consumed_samples} samples): {stop.reason}"
+        )
+        if stop.save and self._saved_at != state.iteration:
+            self._save()
+        return stop.exit_code
