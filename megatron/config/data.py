@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron.config.flags import DERIVED, flag
+from megatron.config.flags import DERIVED, NOT_NEGATIVE, POSITIVE, at_least, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +32,13 @@ class DataConfig:
     )
     mock_data: bool = flag(False, help="train on synthetic tokens that need no files (needs --vocab-size)")
     data_cache_path: str | None = flag(None, help="folder of the sample indices (default: `cache` beside the data)")
-    data_cache_timeout_minutes: float = flag(30.0, help="minutes a rank waits for another to build a sample index")
-    seq_length: int = flag(1024, help="tokens of one sample")
-    num_workers: int = flag(2, help="processes that prepare batches, per rank; 0 prepares them in the training process")
+    data_cache_timeout_minutes: float = flag(
+        30.0, range=POSITIVE, help="minutes a rank waits for another to build a sample index"
+    )
+    seq_length: int = flag(1024, range=at_least(1), help="tokens of one sample")
+    num_workers: int = flag(
+        2, range=NOT_NEGATIVE, help="processes that prepare batches, per rank; 0 prepares them in the training process"
+    )
     reset_position_ids: bool = flag(False, help="positions start anew after each end-of-document token")
     reset_attention_mask: bool = flag(False, help="tokens attend inside their own document only")
     eod_mask_loss: bool = flag(False, help="leave end-of-document tokens out of the loss")
@@ -57,5 +61,7 @@ class DataConfig:
     vocab_file: str | None = flag(None, help="GPT-2 BPE: vocab.json")
     merge_file: str | None = flag(None, help="GPT-2 BPE: merges.txt")
     vocab_size: int | None = flag(
-        None, help="size of the vocabulary: NullTokenizer and --mock-data need it, else it is checked"
+        None,
+        range=at_least(1),
+        help="size of the vocabulary: NullTokenizer and --mock-data need it, else it is checked",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron.config.flags import DERIVED, flag
+from megatron.config.flags import DERIVED, at_least, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,5 +24,9 @@ class EngineConfig:
         None, metavar="FILE", help="DeepSpeed JSON, merged with the flags; a contradiction is an error"
     )
     cpu_optimizer: bool = flag(False, help="keep optimizer state and its step on the host (ZeRO 1-3)")
-    zero_reduce_bucket_size: int = flag(100_000_000, help="elements of one gradient-reduction bucket")
-    zero_allgather_bucket_size: int = flag(100_000_000, help="elements of one parameter-gathering bucket")
+    zero_reduce_bucket_size: int = flag(
+        100_000_000, range=at_least(1), help="elements of one gradient-reduction bucket"
+    )
+    zero_allgather_bucket_size: int = flag(
+        100_000_000, range=at_least(1), help="elements of one parameter-gathering bucket"
+    )

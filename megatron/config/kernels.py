@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron.config.flags import flag
+from megatron.config.flags import at_least, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,4 +24,6 @@ class KernelsConfig:
         choices=("none", "full"),
         help="activations that backward computes again instead of keeping: none, or whole blocks",
     )
-    recompute_num_layers: int = flag(1, help="blocks recomputed as one unit under --recompute-granularity full")
+    recompute_num_layers: int = flag(
+        1, range=at_least(1), help="blocks recomputed as one unit under --recompute-granularity full"
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron.config.flags import flag
+from megatron.config.flags import POSITIVE, at_least, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class ReportingConfig:
 
     title: ClassVar[str] = "reporting"
 
-    log_interval: int = flag(10, help="optimizer steps between reports")
+    log_interval: int = flag(10, range=at_least(1), help="optimizer steps between reports")
     progress: str = flag(
         "auto", choices=("auto", "live", "plain"), help="a live line on a terminal, or plain lines; auto looks"
     )
@@ -22,8 +22,8 @@ class ReportingConfig:
         None, metavar="FILE", help="JSONL file of every report (default: metrics.jsonl in --save)"
     )
     tensorboard_dir: str | None = flag(None, metavar="DIR", help="folder for TensorBoard event files")
-    tensorboard_log_interval: int = flag(1, help="reports between TensorBoard entries")
-    tensorboard_queue_size: int = flag(1000, help="TensorBoard entries held before they are written")
+    tensorboard_log_interval: int = flag(1, range=at_least(1), help="reports between TensorBoard entries")
+    tensorboard_queue_size: int = flag(1000, range=at_least(1), help="TensorBoard entries held before they are written")
     log_timers_to_tensorboard: bool = flag(False, help="also write the timers to TensorBoard")
     log_memory_to_tensorboard: bool = flag(False, help="also write the device's memory use to TensorBoard")
     log_params_norm: bool = flag(False, help="also report the norm of all weights (one more pass over them)")
@@ -33,5 +33,7 @@ class ReportingConfig:
     mlflow_tracking_uri: str | None = flag(None, help="MLflow server or folder (needs the mlflow extra)")
     mlflow_experiment: str = flag("megatron", help="MLflow experiment")
     peak_tflops: float | None = flag(
-        None, help="peak TFLOP/s of one GPU in the training dtype, for MFU (default: from a table by GPU name)"
+        None,
+        range=POSITIVE,
+        help="peak TFLOP/s of one GPU in the training dtype, for MFU (default: from a table by GPU name)",
     )

@@ -1,0 +1,82 @@
+"""What must hold in a run config. Every broken rule is told at once, each in a sentence with values and flags.
+
+A rule is a public function of one of the rule modules. It yields a sentence for each way in which it is broken, and
+names as its parameters what it looks at: sections of the run config, `data_parallel_size`, `world_size`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from megatron.config import data_rules, layout_rules, model_rules, output_rules, schedule_rules, training_rules
+from megatron.config.derived import data_parallel_size
+from megatron.config.errors import ConfigError
+from megatron.config.flags import Flag
+from megatron.config.sections import SECTIONS, RunConfig, all_flags
+
+__all__ = ["ConfigError", "broken_rules", "check_rules", "rules"]
+
+Rule = Callable[..., Iterator[str]]
+
+RULE_MODULES = (model_rules, layout_rules, training_rules, schedule_rules, data_rules, output_rules)
+
+
+def check_rules(config: RunConfig, world_size: int | None = None) -> None:
+    """Check a run config against every rule.
+
+    Args:
+        config: the sections, derived fields filled in.
+        world_size: number of ranks; None when it is not known yet.
+
+    Raises:
+        ConfigError: with a sentence for each broken rule.
+    """
+    broken = list(broken_rules(config, world_size))
+    if broken:
+        raise ConfigError(broken)
+
+
+def broken_rules(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
+    """Give a sentence for each broken rule: first the values that are illegal alone, then those that do not fit."""
+    yield from _illegal_values(config)
+    known: dict[str, Any] = {section: getattr(config, section) for section in SECTIONS}
+    known["world_size"] = world_size
+    known["data_parallel_size"] = data_parallel_size(config.parallel, world_size)
+    for rule in rules():
+        with contextlib.suppress(ZeroDivisionError):  # a zero that is illegal has been told already
+            yield from rule(**{name: known[name] for name in inspect.signature(rule).parameters})
+
+
+def rules() -> Iterator[Rule]:
+    """Give every rule between fields, in the order of the modules."""
+    for module in RULE_MODULES:
+        yield from _rules_of(module)
+
+
+def _rules_of(module: ModuleType) -> Iterator[Rule]:
+    for name, value in vars(module).items():
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_"):
+            yield value
+
+
+def _illegal_values(config: RunConfig) -> Iterator[str]:
+    for flag in all_flags().values():
+        value = getattr(getattr(config, flag.section), flag.name)
+        if value is None:
+            continue
+        for item in value if flag.repeated else (value,):
+            yield from _illegal(flag, item)
+        count = flag.info.num_values
+        if isinstance(count, int) and value and len(value) != count:
+            yield f"{flag.spelling} takes {count} values, not {len(value)}."
+
+
+def _illegal(flag: Flag, value: Any) -> Iterator[str]:
+    if flag.info.choices and str(value) not in flag.info.choices:
+        yield f"{flag.spelling} {value} is not one of {', '.join(flag.info.choices)}."
+    if flag.info.range and value not in flag.info.range:
+        yield f"{flag.spelling} {value} must be {flag.info.range}."

@@ -1,0 +1,29 @@
+"""Pretrain a GPT model: `deepspeed pretrain_gpt.py --help` lists the flags."""
+
+from __future__ import annotations
+
+import sys
+
+from megatron.config.errors import UserError, tell
+from megatron.config.run import parse_run_config
+from megatron.engine.launch import read_environment
+
+
+def main() -> int:
+    """Parse the flags, build the trainer, train; returns the exit code."""
+    rank = 0
+    try:
+        environment = read_environment()
+        rank = environment.rank
+        config = parse_run_config(sys.argv[1:], environment.world_size, rank=rank)
+
+        from megatron.training.build import build_trainer  # imports torch, which --help and errors do without
+
+        return build_trainer(config, environment).fit()
+    except UserError as error:
+        tell(error, rank)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
