@@ -1,0 +1,91 @@
+"""Attention by torch's own fused kernels.
+
+Choose it wherever there is no reason for another: no s x s weights in memory, nothing to install. On Hopper and later
+GPUs cuDNN's kernel comes first, elsewhere FlashAttention-2; both need half precision, and fp32 gets the
+memory-efficient kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron.kernels.attention.interface import AttentionBackend
+from megatron.kernels.attention.mask import combine_masks
+
+HOPPER = 9  # major compute capability from which cuDNN's kernel is the fastest
+
+
+def attend(
+    query_sbnd: Tensor,
+    key_sbkd: Tensor,
+    value_sbkd: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    dropout: float,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """See `Attend`."""
+    # torch's own causal mask is aligned to the top left and excludes any other: it serves the square case alone.
+    square = query_sbnd.shape[0] == key_sbkd.shape[0]
+    is_causal = causal and square and mask is None
+    if not is_causal:
+        mask = combine_masks(query_sbnd, key_sbkd, causal=causal, mask=mask)
+    group_size = query_sbnd.shape[2] // key_sbkd.shape[2]
+    if group_size > 1 and not _takes_groups(query_sbnd, masked=mask is not None):
+        key_sbkd, value_sbkd = (tensor.repeat_interleave(group_size, dim=2) for tensor in (key_sbkd, value_sbkd))
+        group_size = 1
+    with _kernel_order(query_sbnd.device):
+        context_bnsd = F.scaled_dot_product_attention(
+            query_sbnd.permute(1, 2, 0, 3),
+            key_sbkd.permute(1, 2, 0, 3),
+            value_sbkd.permute(1, 2, 0, 3),
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=group_size > 1,
+        )
+    return context_bnsd.permute(2, 0, 1, 3)
+
+
+def _kernel_order(device: torch.device) -> AbstractContextManager[object]:
+    """Set the order in which torch tries its kernels; the CPU has only one."""
+    if device.type != "cuda":
+        return nullcontext()
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    return sdpa_kernel(order if _is_hopper(device) else order[1:], set_priority=True)
+
+
+def _takes_groups(query: Tensor, *, masked: bool) -> bool:
+    """Say whether the kernel that torch will take reads fewer key heads than query heads.
+
+    The memory-efficient one does not, and on CUDA it is left alone with fp32, and with masks where cuDNN is not used.
+    """
+    if query.device.type != "cuda":
+        return True
+    return query.dtype != torch.float32 and (not masked or _is_hopper(query.device))
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] >= HOPPER
+
+
+BACKEND = AttentionBackend(
+    name="sdpa",
+    choose_when="torch's fused kernels, no s x s weights in memory",
+    preference=10,
+    attend=attend,
+)

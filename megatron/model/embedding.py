@@ -1,0 +1,41 @@
+"""The first two stages: from tokens to hidden states.
+
+Legend: s sequence, b micro-batch, h hidden.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megatron.config.model import ModelConfig
+from megatron.model.context import Context
+from megatron.parallel.embedding import LearnedPositions, VocabParallelEmbedding
+from megatron.parallel.groups import Group
+
+
+class WordEmbedding(VocabParallelEmbedding):
+    """Stage 0: the vector of each token."""
+
+    def forward(self, tokens_bs: Tensor, context: Context | None = None) -> Tensor:
+        """Look up [b, s] token ids; returns [s, b, h]."""
+        return super().forward(tokens_bs)
+
+
+class Positions(nn.Module):
+    """Stage 1: the vector of each position, where positions are learned; dropout; the dtype of the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, group: Group) -> None:
+        super().__init__()
+        learned = config.position_embedding_type == "learned_absolute"
+        rows = config.max_position_embeddings
+        self.table = LearnedPositions(rows, config.hidden_size, group=group) if learned else None
+        self.fp32_residual = config.fp32_residual_connection
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden: Tensor, context: Context) -> Tensor:
+        """[s, b, h] to [s, b, h]."""
+        if self.fp32_residual:
+            hidden = hidden.float()
+        if self.table is not None:
+            hidden = self.table(hidden, context.position_ids, context.offset)
+        return self.dropout(hidden)

@@ -1,0 +1,157 @@
+"""GPT: an ordered list of stages, and forward as a fold over that list.
+
+Legend: s sequence, b micro-batch, h hidden, v padded vocabulary, t tensor ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, is_grad_enabled, nn
+
+from megatron.config.model import ModelConfig
+from megatron.kernels.attention.interface import AttentionBackend
+from megatron.kernels.attention.mask import and_causal
+from megatron.model.block import Block
+from megatron.model.context import Context, KeyValueCache
+from megatron.model.embedding import Positions, WordEmbedding
+from megatron.model.head import OutputHead, TiedOutputHead
+from megatron.model.loss import masked_loss
+from megatron.model.norm import Norm
+from megatron.model.rotary import Rotary
+from megatron.parallel.groups import ParallelGroups
+from megatron.parallel.recompute import recompute
+
+TIED_EMBEDDING = "tied_modules.word_embeddings"
+"""Where a tied word embedding is kept: the name that a pipelined engine gives a layer which two stages share."""
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer.
+
+    Stages: 0 word embedding, 1 positions, then the blocks, final norm, output head. A parameter is called
+    "<stage>.<name>", or "tied_modules.word_embeddings.weight" where embedding and head share it, whatever the layout.
+    Weights are empty until `initialize_parameters`.
+
+    Args:
+        config: the architecture, complete.
+        vocab_size: token ids in use; it is padded to a multiple of `config.make_vocab_size_divisible_by`.
+        groups: the ranks that share the model.
+        attention: the chosen backend.
+        recompute_granularity: "none", or "full": backward computes blocks again instead of keeping their activations.
+        recompute_num_layers: blocks that are kept or computed again as one unit.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        vocab_size: int,
+        groups: ParallelGroups,
+        attention: AttentionBackend,
+        recompute_granularity: str = "none",
+        recompute_num_layers: int = 1,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.padded_vocab_size = padded_vocab_size(vocab_size, config.make_vocab_size_divisible_by)
+        self.groups = groups
+        self.attention = attention
+        self.recompute_unit = recompute_num_layers if recompute_granularity == "full" else 0
+        self.tied_modules = nn.ModuleDict()
+        self._stage_names: list[str] = []
+        for index, stage in enumerate(self._build_stages()):
+            tied = index == 0 and not config.untie_embeddings_and_output_weights
+            owner, name = (self.tied_modules, "word_embeddings") if tied else (self, str(index))
+            owner.add_module(name, stage)
+            self._stage_names.append(TIED_EMBEDDING if tied else name)
+
+    def _build_stages(self) -> Iterator[nn.Module]:
+        config, group = self.config, self.groups.tensor
+        hidden, rows, padding = config.hidden_size, self.padded_vocab_size, self.padded_vocab_size - self.vocab_size
+        embedding = WordEmbedding(rows, hidden, vocab_size=self.vocab_size, group=group)
+        rotary = Rotary.from_config(config) if config.position_embedding_type == "rope" else None
+        yield embedding
+        yield Positions(config, group=group)
+        for layer in range(config.num_layers):
+            yield Block(config, layer=layer, group=group, backend=self.attention, rotary=rotary)
+        yield Norm(config, hidden)
+        if config.untie_embeddings_and_output_weights:
+            yield OutputHead(hidden, rows, bias=False, group=group, padding=padding)
+        else:
+            yield TiedOutputHead(embedding)
+
+    def stages(self) -> list[nn.Module]:
+        """Return the model in order; each stage takes a tensor and a `Context` and gives a tensor."""
+        return [self.get_submodule(name) for name in self._stage_names]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Predict the token after each of `tokens`.
+
+        Args:
+            tokens: ids [b, s].
+            labels: the ids that should be predicted, [b, s].
+            loss_mask: weight of each label's loss, [b, s]; None: all ones.
+            position_ids: position of each token, [b, s]; None: they count up.
+            attention_mask: bool [b, 1, s, s'], True = may attend, on top of causality; None: causality alone.
+            cache: keys and values of earlier tokens, to which those of `tokens` are appended.
+
+        Returns:
+            Without labels the logits [s, b, v/t]; with them the sum of the losses, an fp32 scalar.
+
+        Raises:
+            ValueError: a mask or a cache is given and the attention backend does not honour it.
+        """
+        self._check_backend(attention_mask, cache)
+        mask = None if attention_mask is None else and_causal(attention_mask)
+        logits = self.run(tokens, Context(position_ids=position_ids, attention_mask=mask, cache=cache))
+        if labels is None:
+            return logits
+        return masked_loss(logits, labels, loss_mask, vocab_size=self.vocab_size, group=self.groups.tensor)
+
+    def run(self, tokens: Tensor, context: Context) -> Tensor:
+        """Fold the stages over [b, s] tokens, units of blocks recomputed where that was asked for."""
+        first, blocks, last = self._parts()
+        hidden = run_stages(first, tokens, context)
+        if self.recompute_unit and is_grad_enabled():
+            for start in range(0, len(blocks), self.recompute_unit):
+                hidden = recompute(run_stages, blocks[start : start + self.recompute_unit], hidden, context)
+        else:
+            hidden = run_stages(blocks, hidden, context)
+        logits = run_stages(last, hidden, context)
+        if context.cache is not None:
+            context.cache.advance(tokens.shape[1])
+        return logits
+
+    def _parts(self) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+        """Take apart the stages before the blocks, the blocks, and those after."""
+        stages = self.stages()
+        return stages[:2], stages[2:-2], stages[-2:]
+
+    def _check_backend(self, attention_mask: Tensor | None, cache: KeyValueCache | None) -> None:
+        for feature, given in (("documents", attention_mask), ("cache", cache)):
+            if given is not None and feature not in self.attention.features:
+                raise ValueError(
+                    f"--attention-backend {self.attention.name} lacks {feature!r}: choose one that has it, or auto"
+                )
+
+
+def run_stages(stages: Sequence[nn.Module], x: Tensor, context: Context) -> Tensor:
+    """Hand a tensor through the stages in order."""
+    for stage in stages:
+        x = stage(x, context)
+    return x
+
+
+def padded_vocab_size(vocab_size: int, divisor: int) -> int:
+    """Return the next multiple of `divisor`: a size that does not depend on the layout."""
+    return -(-vocab_size // divisor) * divisor

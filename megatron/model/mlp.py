@@ -1,0 +1,26 @@
+"""The MLP: a product, a nonlinearity, a product."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megatron.config.model import ModelConfig
+from megatron.kernels.activation import ACTIVATIONS
+from megatron.parallel.groups import Group
+from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+
+class MLP(nn.Module):
+    """down(activation(up)); a gated one takes gate and up from one product, [gate; up]."""
+
+    def __init__(self, config: ModelConfig, *, group: Group) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.ffn_hidden_size, config.add_bias_linear
+        self.activation = ACTIVATIONS[config.activation_function]
+        blocks = 2 if config.gated else 1
+        self.up = ColumnParallelLinear(hidden, blocks * inner, bias=bias, group=group, blocks=blocks)
+        self.down = RowParallelLinear(inner, hidden, bias=bias, group=group, init="scaled_normal")
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[s, b, h] to [s, b, h]."""
+        return self.down(self.activation(self.up(hidden)))
