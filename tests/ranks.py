@@ -13,6 +13,7 @@ Processes are forked from a server that has torch loaded already, so the import 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -112,11 +113,11 @@ def run_on_ranks(
                     port=port,
                     call=call,
                 )
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_be_a_rank, args=(setup, sender), daemon=True)
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_be_a_rank, args=(setup, theirs), daemon=True)
                 process.start()
-                sender.close()  # the child holds the only writing end: its death reads as end of file
-                connections.append(receiver)
+                theirs.close()  # the rank holds the only copy now: its death reads as end of file
+                connections.append(ours)
                 processes.append(process)
             return _collect(connections, processes, deadline)
         finally:
@@ -155,22 +156,26 @@ def _collect(connections: Sequence[Any], processes: Sequence[Any], deadline: flo
 
 
 def _be_a_rank(setup: RankSetup, connection: Any) -> None:
-    """Body of a rank process."""
+    """Body of a rank process; it ends by `os._exit` or killed, since no exit handler of a library is under test."""
     try:
         _prepare(setup)
         function, args = pickle.loads(setup.call)  # noqa: S301 - written by our own parent
         # Pickled here, by value: torch would hand tensors over by file descriptors that die with this process.
-        answer = True, pickle.dumps(function(*args))
+        answer = pickle.dumps(function(*args))
     except BaseException:
-        answer = False, traceback.format_exc()
-    connection.send(answer)
-    connection.close()
-    # Left at once: destroying the group would wait for ranks that failed, and atexit handlers are not under test.
+        connection.send((False, traceback.format_exc()))
+        os._exit(1)  # at once, so that ranks that wait for this one fail as well
+    connection.send((True, answer))
+    with contextlib.suppress(EOFError):
+        connection.recv()  # until killed: slower ranks may still have to connect to this one
     os._exit(0)
 
 
 def _prepare(setup: RankSetup) -> None:
     """Environment, threads and process group of a rank."""
+    # A folder of its own: the lock file of a killed build would stop every later run that shares the folder.
+    extensions = setup.folder / f"extensions-{setup.rank}"
+    extensions.mkdir()
     os.environ.update(
         RANK=str(setup.rank),
         LOCAL_RANK=str(setup.rank),
@@ -180,8 +185,7 @@ def _prepare(setup: RankSetup) -> None:
         MASTER_PORT=str(setup.port),
         OMP_NUM_THREADS="1",
         GLOO_SOCKET_IFNAME="lo",
-        # A folder of its own: the lock file of a killed build would stop every later run that shares the folder.
-        TORCH_EXTENSIONS_DIR=str(setup.folder / f"extensions-{setup.rank}"),
+        TORCH_EXTENSIONS_DIR=str(extensions),
     )
     if setup.backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"

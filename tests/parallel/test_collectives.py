@@ -1,49 +1,106 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import nn
 
 from megatron.parallel import collectives
-from megatron.parallel.groups import Group, create_groups
-from megatron.parallel.mesh import Mesh
+from megatron.parallel.collectives import sum_gradient
+from megatron.parallel.groups import Group
+from tests.parallel.logical import assert_matches_dense, logical, tensor_group
 from tests.ranks import run_on_ranks
 
+PAIRS = [
+    ("copy_to_group", "reduce_from_group", {}),
+    ("gather_dim", "split_dim", {"dim": 0}),
+    ("gather_dim", "split_dim", {"dim": 1}),
+    ("gather_dim", "split_dim", {"dim": -1}),
+    ("all_gather_sequence", "reduce_scatter_sequence", {}),
+]
+ALL = ["sum_gradient", *dict.fromkeys(name for pair in PAIRS for name in pair[:2])]
 
-def tensor_group() -> Group:
-    return create_groups(Mesh(tensor=dist.get_world_size()), dist.get_rank()).tensor
 
-
-def own_tensor(seed: int) -> Tensor:
-    """Six rows of four, different on each rank."""
-    return torch.randn(6, 4, generator=torch.Generator().manual_seed(10 * seed + dist.get_rank()))
-
-
-def inner_products(forward: str, conjugate: str, dims: tuple[int, ...]) -> list[tuple[float, float]]:
-    """<A x, y> and <x, A^T y> over all ranks together, where A is a collective and A^T its conjugate."""
+def backward_is_the_conjugates_forward():
     group = tensor_group()
-    products = []
-    for dim in dims or (None,):
-        extra = () if dim is None else (dim,)
-        x = own_tensor(1).requires_grad_()
-        output = getattr(collectives, forward)(x, group, *extra)
-        y = torch.randn(output.shape, generator=torch.Generator().manual_seed(dist.get_rank()))
-        back = getattr(collectives, conjugate)(y, group, *extra)
-        output.backward(y)
-        assert torch.equal(x.grad, back)
-        both = torch.stack([(output.detach() * y).sum(), (x.detach() * back).sum()])
-        dist.all_reduce(both)
-        products.append(tuple(both.tolist()))
-    return products
+    for pair in PAIRS:
+        for name, conjugate in (pair[:2], pair[1::-1]):
+            x = logical(group.rank, 4, 6, 2).requires_grad_()
+            output = getattr(collectives, name)(x, group, **pair[2])
+            upstream = logical(10 + group.rank, *output.shape)
+            output.backward(upstream)
+            assert torch.equal(x.grad, getattr(collectives, conjugate)(upstream, group, **pair[2])), name
 
 
-@pytest.mark.parametrize(
-    ("forward", "conjugate"),
-    [
-        ("all_gather_sequence", "reduce_scatter_sequence"),
-        ("reduce_scatter_sequence", "all_gather_sequence"),
-    ],
-)
-def test_backward_of_a_sequence_collective_is_its_conjugate_and_its_adjoint(forward, conjugate):
-    for products in run_on_ranks(2, inner_products, forward, conjugate, ()):
-        for there, back in products:
-            assert there == pytest.approx(back, rel=1e-5)
+def forward_is_what_it_says():
+    group = tensor_group()
+    each = [logical(rank, 4, 6, 2) for rank in range(group.size)]
+    mine = each[group.rank]
+    expected = {
+        "copy_to_group": mine,
+        "reduce_from_group": sum(each),
+        "gather_dim": torch.cat(each, dim=-1),
+        "split_dim": mine[..., group.rank : group.rank + 1],
+        "all_gather_sequence": torch.cat(each, dim=0),
+        "reduce_scatter_sequence": sum(each).chunk(group.size)[group.rank],
+        "sum_gradient": mine,
+    }
+    for name, output in expected.items():
+        torch.testing.assert_close(getattr(collectives, name)(mine, group), output)
+
+
+def the_gradient_of_another_branch_stays_as_it_is():
+    group = tensor_group()
+    x = torch.ones(2, requires_grad=True)
+    other = torch.ones(2, requires_grad=True)
+    (collectives.copy_to_group(x, group) + other).sum().backward()
+    return x.grad.tolist(), other.grad.tolist()
+
+
+class NormOfShard(nn.Module):
+    """A norm whose replicated weight and bias see one shard of the sequence."""
+
+    def __init__(self, group):
+        super().__init__()
+        self.group = group
+        self.weight = nn.Parameter(torch.empty(4))
+        self.bias = nn.Parameter(torch.empty(4))
+
+    def forward(self, hidden):
+        return F.layer_norm(hidden, (4,), sum_gradient(self.weight, self.group), sum_gradient(self.bias, self.group))
+
+
+def norm_matches_dense():
+    group = tensor_group()
+    assert_matches_dense(NormOfShard(group), nn.LayerNorm(4), logical(7, 6, 2, 4), group, input_dim=0, output_dim=0)
+
+
+def splits_unevenly():
+    collectives.split_dim(torch.ones(3), tensor_group())
+
+
+def test_backward_is_the_conjugates_forward():
+    run_on_ranks(2, backward_is_the_conjugates_forward)
+
+
+def test_forward_moves_and_sums_as_documented():
+    run_on_ranks(2, forward_is_what_it_says)
+
+
+def test_backward_does_not_write_into_a_gradient_that_another_branch_receives():
+    assert run_on_ranks(2, the_gradient_of_another_branch_stays_as_it_is) == [([2.0, 2.0], [1.0, 1.0])] * 2
+
+
+def test_norm_weight_read_on_shards_gets_full_gradient():
+    run_on_ranks(2, norm_matches_dense)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_group_of_one_is_the_identity(name):
+    assert not dist.is_initialized()
+    x = torch.ones(3)
+    assert getattr(collectives, name)(x, Group.alone()) is x
+
+
+def test_a_dimension_that_the_ranks_do_not_divide_is_refused():
+    with pytest.raises(AssertionError, match=r"shape \(3,\) cannot be divided over 2 ranks"):
+        run_on_ranks(2, splits_unevenly)

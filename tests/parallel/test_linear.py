@@ -1,0 +1,96 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from megatron.config.errors import ConfigError
+from megatron.parallel.groups import Group
+from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from tests.parallel.logical import assert_matches_dense, fill, logical, tensor_group
+from tests.ranks import run_on_ranks
+
+BOTH_LAYOUTS = pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole_sequence", "sequence_shards"])
+WITH_AND_WITHOUT_BIAS = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+
+
+class GatedMlp(nn.Module):
+    """SwiGLU: gate and up are one product of two blocks."""
+
+    def __init__(self, group, sequence_parallel):
+        super().__init__()
+        kind = {"bias": True, "group": group, "sequence_parallel": sequence_parallel}
+        self.gate_up = ColumnParallelLinear(4, 12, blocks=2, **kind)
+        self.down = RowParallelLinear(6, 4, **kind)
+
+    def forward(self, hidden):
+        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+def column_matches_dense(bias, sequence_parallel):
+    group = tensor_group()
+    layer = ColumnParallelLinear(4, 6, bias=bias, group=group, sequence_parallel=sequence_parallel)
+    sequence_dim = 0 if sequence_parallel else None
+    dense = nn.Linear(4, 6, bias=bias)
+    assert_matches_dense(layer, dense, logical(9, 4, 3, 4), group, input_dim=sequence_dim, output_dim=-1)
+
+
+def row_matches_dense(bias, sequence_parallel):
+    group = tensor_group()
+    layer = RowParallelLinear(4, 6, bias=bias, group=group, sequence_parallel=sequence_parallel)
+    sequence_dim = 0 if sequence_parallel else None
+    dense = nn.Linear(4, 6, bias=bias)
+    assert_matches_dense(layer, dense, logical(9, 4, 3, 4), group, input_dim=-1, output_dim=sequence_dim)
+
+
+def gated_mlp_matches_dense(sequence_parallel):
+    group = tensor_group()
+    dim = 0 if sequence_parallel else None
+    dense = GatedMlp(Group.alone(), sequence_parallel)
+    assert_matches_dense(
+        GatedMlp(group, sequence_parallel), dense, logical(9, 4, 3, 4), group, input_dim=dim, output_dim=dim
+    )
+
+
+def shapes_kept_for_backward():
+    group = tensor_group()
+    layer = fill(ColumnParallelLinear(4, 6, bias=True, group=group, sequence_parallel=True))
+    shapes = []
+    with saved_tensors_hooks(lambda tensor: shapes.append(tuple(tensor.shape)), lambda nothing: nothing):
+        layer(torch.ones(2, 3, 4, requires_grad=True))
+    return sorted(shapes)
+
+
+@WITH_AND_WITHOUT_BIAS
+@BOTH_LAYOUTS
+def test_column_parallel_linear_matches_dense(bias, sequence_parallel):
+    run_on_ranks(2, column_matches_dense, bias, sequence_parallel)
+
+
+@WITH_AND_WITHOUT_BIAS
+@BOTH_LAYOUTS
+def test_row_parallel_linear_matches_dense(bias, sequence_parallel):
+    run_on_ranks(2, row_matches_dense, bias, sequence_parallel)
+
+
+@BOTH_LAYOUTS
+def test_gated_mlp_with_gate_and_up_in_one_product_matches_dense(sequence_parallel):
+    run_on_ranks(2, gated_mlp_matches_dense, sequence_parallel)
+
+
+def test_column_product_keeps_the_shard_of_its_input_not_the_gathered_sequence():
+    input_shard, weight_shard = (2, 3, 4), (3, 4)
+    assert run_on_ranks(2, shapes_kept_for_backward) == [[input_shard, weight_shard]] * 2
+
+
+@pytest.mark.parametrize("layer_class", [ColumnParallelLinear, RowParallelLinear])
+def test_a_group_of_one_is_the_plain_linear(layer_class):
+    layer, dense = layer_class(4, 6, bias=True, group=Group.alone(), sequence_parallel=True), nn.Linear(4, 6)
+    assert_matches_dense(layer, dense, logical(9, 5, 3, 4), Group.alone())
+
+
+@pytest.mark.parametrize("layer_class", [ColumnParallelLinear, RowParallelLinear])
+def test_features_that_the_ranks_do_not_divide_are_refused(layer_class):
+    with pytest.raises(ConfigError, match="features 5 cannot be divided over 2 tensor-parallel ranks"):
+        layer_class(5, 5, bias=False, group=Group(ranks=(0, 1), rank=0, handle=None))
