@@ -5,7 +5,7 @@ from torch import nn
 from megatron.config.errors import ConfigError
 from megatron.parallel.embedding import LearnedPositions, VocabParallelEmbedding
 from megatron.parallel.groups import Group
-from tests.parallel.logical import assert_matches_dense, fill, logical, tensor_group
+from tests.parallel.logical import assert_matches_dense, device, fill, logical, tensor_group
 from tests.ranks import run_on_ranks
 
 BOTH_LAYOUTS = pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole_sequence", "sequence_shards"])
@@ -45,7 +45,7 @@ def embedding_matches_dense(sequence_parallel):
     group = tensor_group()
     layer = VocabParallelEmbedding(10, 4, vocab_size=10, group=group, sequence_parallel=sequence_parallel)
     output_dim = 0 if sequence_parallel else None
-    assert_matches_dense(layer, PlainEmbedding(), TOKENS_BS, group, output_dim=output_dim)
+    assert_matches_dense(layer, PlainEmbedding(), TOKENS_BS.to(device()), group, output_dim=output_dim)
 
 
 def positions_match_dense(sequence_parallel):

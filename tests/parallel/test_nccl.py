@@ -1,0 +1,41 @@
+"""What the other files of this folder prove over gloo, once more over NCCL."""
+
+import pytest
+import torch
+
+from tests.parallel import test_collectives as collectives
+from tests.parallel import test_cross_entropy as cross_entropy
+from tests.parallel import test_embedding as embedding
+from tests.parallel import test_linear as linear
+from tests.parallel import test_recompute as recompute
+from tests.ranks import run_on_ranks
+
+
+def on_gpu(check, *args):
+    torch.set_default_device("cuda")
+    check(*args)
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize(
+    ("check", "args"),
+    [
+        (collectives.backward_is_the_conjugates_forward, ()),
+        (collectives.forward_is_what_it_says, ()),
+        (collectives.norm_matches_dense, ()),
+        (linear.column_matches_dense, (True, False)),
+        (linear.column_matches_dense, (True, True)),
+        (linear.row_matches_dense, (True, False)),
+        (linear.row_matches_dense, (True, True)),
+        (linear.gated_mlp_matches_dense, (True,)),
+        (embedding.embedding_matches_dense, (False,)),
+        (embedding.embedding_matches_dense, (True,)),
+        (embedding.positions_match_dense, (True,)),
+        (cross_entropy.matches_torch, (12,)),
+        (cross_entropy.matches_torch, (20,)),
+        (recompute.recompute_changes_nothing_on_ranks, ()),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or "-".join(map(str, value)),
+)
+def test_what_holds_over_gloo_holds_over_nccl(check, args):
+    run_on_ranks(2, on_gpu, check, *args, backend="nccl")
