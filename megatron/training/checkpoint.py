@@ -21,20 +21,31 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 
-from megatron.config.errors import UserError
+from megatron.engine.interface import CheckpointError
 from megatron.training.control import Control
+from megatron.training.state import TrainState
 
 TAG = re.compile(r"[A-Za-z0-9._-]{1,128}")
 LATEST, MANIFEST, STATE, CONFIG = "latest", "manifest.json", "state.json", "config.json"
 HASHING_THREADS = 4
 
 
-class CheckpointError(UserError, RuntimeError):
-    """A checkpoint is missing, damaged, or of another run."""
+class Streams(Protocol):
+    """Random streams, as tensors and numbers."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state of every stream."""
+
+
+class Saves(Protocol):
+    """What is asked of an engine here."""
+
+    def save(self, directory: Path) -> None:
+        """Write and sync this rank's files."""
 
 
 def tag_of(iteration: int) -> str:
@@ -47,55 +58,88 @@ def rng_file(rank: int) -> str:
     return f"rng_{rank:05d}.pt"
 
 
-def save_checkpoint(
-    root: Path,
-    iteration: int,
-    *,
-    write_engine: Callable[[Path], None],
-    streams: Mapping[str, Any],
-    state: Mapping[str, Any],
-    config: Mapping[str, Any],
-    control: Control,
-    keep_last: int = 0,
-) -> Path:
-    """Write a checkpoint under `root`, point `latest` to it and remove the oldest ones. Every rank calls it.
+class CheckpointWriter:
+    """Writes a run's checkpoints. Every rank has one, and all save together.
 
     Args:
         root: the folder of `--save`.
-        iteration: names the checkpoint.
-        write_engine: writes and syncs this rank's weights and optimizer state into a folder.
-        streams: this rank's random streams, tensors and plain values.
-        state: counters and layout, JSON.
         config: the sections of the run, JSON.
+        layout: how the ranks share the state, JSON.
         control: the ranks.
+        streams: this rank's random streams.
         keep_last: complete checkpoints to keep; 0 keeps all.
-
-    Returns:
-        The folder of the complete checkpoint.
     """
-    target = root / tag_of(iteration)
-    staging = root / f".{target.name}.staging"
-    if control.is_first:
-        root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(".*.staging"):
-            shutil.rmtree(leftover)
-        staging.mkdir()
-    control.barrier()
-    write_engine(staging)
-    with open(staging / rng_file(control.rank), "wb") as file:
-        torch.save(dict(streams), file)
-        _sync(file)
-    if control.is_first:
-        write_json(staging / STATE, state)
-        write_json(staging / CONFIG, config)
-    control.barrier()
-    files = _shared_digests(staging, sorted(_files(staging)), control)
-    if control.is_first:
-        write_json(staging / MANIFEST, {"version": 1, "files": files})
-        _commit(root, staging, target)
-        _prune(root, keep_last, spare=target)
-    control.barrier()
-    return target
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        config: Mapping[str, Any],
+        layout: Mapping[str, Any],
+        control: Control,
+        streams: Streams,
+        keep_last: int = 0,
+    ) -> None:
+        self._root = root
+        self._config = config
+        self._layout = layout
+        self._control = control
+        self._streams = streams
+        self._keep_last = keep_last
+
+    def save(self, engine: Saves, state: TrainState) -> Path:
+        """Write a checkpoint, point `latest` to it, then remove the oldest; returns its folder.
+
+        Raises:
+            CheckpointError: it cannot be written; the last one is as it was.
+        """
+        target = self._root / tag_of(state.iteration)
+        try:
+            self._save(engine, state, target)
+        except OSError as error:
+            raise CheckpointError(
+                f"rank {self._control.rank} cannot write the checkpoint {target}: {error}; make room there or give "
+                "--save another folder, and resume from the last checkpoint"
+            ) from error
+        return target
+
+    def _save(self, engine: Saves, state: TrainState, target: Path) -> None:
+        control = self._control
+        staging = self._root / f".{target.name}.staging"
+        if control.is_first:
+            self._root.mkdir(parents=True, exist_ok=True)
+            for leftover in self._root.glob(".*.staging"):
+                shutil.rmtree(leftover)
+            staging.mkdir()
+        control.barrier()
+        engine.save(staging)
+        with open(staging / rng_file(control.rank), "wb") as file:
+            torch.save(self._streams.state_dict(), file)
+            _sync(file)
+        if control.is_first:
+            write_json(staging / STATE, {"counters": state.to_json(), **self._layout})
+            write_json(staging / CONFIG, self._config)
+        control.barrier()
+        files = _shared_digests(staging, sorted(_files(staging)), control)
+        if control.is_first:
+            write_json(staging / MANIFEST, {"version": 1, "files": files})
+            _commit(self._root, staging, target)
+            _prune(self._root, self._keep_last, spare=target)
+        control.barrier()
+
+
+def refuse_foreign(root: Path, resumed: Path | None, control: Control) -> None:
+    """Keep a run from writing among the checkpoints of another one.
+
+    Raises:
+        CheckpointError: `root` holds checkpoints, and the run resumes none of them.
+    """
+    present = control.of_first(iterations_in(root) if control.is_first else None)
+    if present and (resumed is None or resumed.resolve().parent != root.resolve()):
+        raise CheckpointError(
+            f"--save {root} holds checkpoints of another run, up to iteration {present[-1]}: add --load {root} to "
+            "continue it, or give another folder"
+        )
 
 
 def find_checkpoint(root: Path, control: Control, warn: Callable[[str], None]) -> Path | None:

@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +40,7 @@ SCALARS = {
 }
 """Names of the numbers at the trackers: those of Megatron-LM where it has one."""
 
+TENSORBOARD = "TensorBoard"
 CLOSING_SECONDS = 20.0
 
 
@@ -192,6 +194,20 @@ class MetricsFile:
                 self._file.write(b"\n")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TensorBoardOptions:
+    """What TensorBoard alone gets, and at every how many reports."""
+
+    every: int = 1
+    timers: bool = False
+    memory: bool = False
+
+    def extras(self, record: Record) -> dict[str, float]:
+        """Pick the timers (ms a step) and the memory (GiB) out of a report."""
+        timers = {f"timers/{name}": value for name, value in record["timers_ms"].items()} if self.timers else {}
+        return timers | ({"memory (GiB)": record["memory_gib"]} if self.memory else {})
+
+
 class Reporter:
     """Tells the terminal, the metrics file and the trackers; tells nobody without a console (ranks other than 0)."""
 
@@ -200,30 +216,30 @@ class Reporter:
         console: Console | None,
         metrics_file: MetricsFile | None = None,
         trackers: Mapping[str, Background] | None = None,
-        tensorboard_every: int = 1,
+        tensorboard: TensorBoardOptions | None = None,
     ) -> None:
         self._console = console
         self._metrics_file = metrics_file
         self._trackers = trackers or {}
-        self._tensorboard_every = tensorboard_every
+        self._tensorboard = tensorboard or TensorBoardOptions()
         self._reports = 0
 
     def start(self, record: Record) -> None:
         """Note in the metrics file that a process starts, and where."""
         self._write({"kind": "start", **record})
 
-    def train(self, record: Record, extra_tensorboard: Mapping[str, float] | None = None) -> None:
+    def train(self, record: Record) -> None:
         """Tell of the steps of one interval."""
         if self._console is None:
             return
         self._console.train(record)
         self._write({"kind": "train", **record})
         values = {name: record[key] for key, name in SCALARS.items() if _is_number(record.get(key))}
-        for tracker_name, tracker in self._trackers.items():
-            if tracker_name != "TensorBoard":
+        for name, tracker in self._trackers.items():
+            if name != TENSORBOARD:
                 tracker.log(values, record["iteration"])
-            elif self._reports % self._tensorboard_every == 0:
-                tracker.log({**values, **(extra_tensorboard or {})}, record["iteration"])
+            elif self._reports % self._tensorboard.every == 0:
+                tracker.log(values | self._tensorboard.extras(record), record["iteration"])
         self._reports += 1
 
     def evaluation(self, record: Record) -> None:
@@ -282,7 +298,7 @@ def build_reporter(
     openings: dict[str, Callable[[], Tracker]] = {}
     if reporting.tensorboard_dir is not None:
         directory, size = reporting.tensorboard_dir, reporting.tensorboard_queue_size
-        openings["TensorBoard"] = lambda: TensorBoard(directory, size)
+        openings[TENSORBOARD] = lambda: TensorBoard(directory, size)
     if reporting.wandb_project is not None:
         openings["Weights & Biases"] = lambda: WeightsAndBiases(reporting, config)
     if reporting.mlflow_tracking_uri is not None:
@@ -295,7 +311,11 @@ def build_reporter(
         console,
         _open_metrics_file(reporting.metrics_file, save, warn),
         {name: Background(name, opening, warn) for name, opening in openings.items()},
-        reporting.tensorboard_log_interval,
+        TensorBoardOptions(
+            every=reporting.tensorboard_log_interval,
+            timers=reporting.log_timers_to_tensorboard,
+            memory=reporting.log_memory_to_tensorboard,
+        ),
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron.config.errors import ConfigError
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.training import TrainingConfig
 from megatron.training.state import Unit
@@ -95,10 +94,8 @@ def training_length(training: TrainingConfig) -> dict[Unit, int]:
 def build_learning_rate(optimizer: OptimizerConfig, training: TrainingConfig) -> LearningRate:
     """Make the schedule that the flags describe.
 
-    Its unit is that of the `--lr-*` length flags, else that of the training's limit.
-
-    Raises:
-        ConfigError: the flags leave the length of the decay open, or the warm-up (or WSD's decay) does not fit in it.
+    Its unit is that of the `--lr-*` length flags, else that of the training's limit. That the lengths fit into each
+    other is a rule of the config.
     """
     limits = training_length(training)
     unit = _unit_of(optimizer) or _unit_of_training(training)
@@ -107,7 +104,7 @@ def build_learning_rate(optimizer: OptimizerConfig, training: TrainingConfig) ->
     warmup = getattr(optimizer, f"lr_warmup_{suffix}")
     if optimizer.lr_warmup_fraction is not None:
         warmup = optimizer.lr_warmup_fraction * length
-    schedule = LearningRate(
+    return LearningRate(
         unit=unit,
         style=optimizer.lr_decay_style,
         peak=optimizer.lr,
@@ -118,8 +115,6 @@ def build_learning_rate(optimizer: OptimizerConfig, training: TrainingConfig) ->
         wsd_style=optimizer.lr_wsd_decay_style,
         wsd_length=getattr(optimizer, f"lr_wsd_decay_{suffix}") or 0,
     )
-    _check(schedule)
-    return schedule
 
 
 def build_weight_decay(optimizer: OptimizerConfig, training: TrainingConfig) -> WeightDecay:
@@ -144,29 +139,3 @@ def _unit_of(optimizer: OptimizerConfig) -> Unit | None:
 
 def _unit_of_training(training: TrainingConfig) -> Unit:
     return next(iter(training_length(training)), "iterations")
-
-
-def _check(schedule: LearningRate) -> None:
-    suffix = FLAG_SUFFIX[schedule.unit]
-    decays = schedule.style != "constant"
-    if (decays or math.isinf(schedule.warmup) or math.isnan(schedule.warmup)) and math.isinf(schedule.length):
-        raise ConfigError(
-            [
-                f"--lr-decay-style {schedule.style} counts in {schedule.unit} and does not know its length: "
-                f"add --lr-decay-{suffix} or --train-{suffix}"
-            ]
-        )
-    if decays and schedule.warmup >= schedule.length:
-        raise ConfigError(
-            [
-                f"the warm-up of {schedule.warmup:g} {schedule.unit} must end before the schedule of "
-                f"{schedule.length:g} {schedule.unit}: shorten --lr-warmup-{suffix} or lengthen --lr-decay-{suffix}"
-            ]
-        )
-    if schedule.style == "WSD" and not 0 < schedule.wsd_length <= schedule.length - schedule.warmup:
-        raise ConfigError(
-            [
-                f"--lr-wsd-decay-{suffix} {schedule.wsd_length:g} must be more than 0 and at most the "
-                f"{schedule.length - schedule.warmup:g} {schedule.unit} between the warm-up and the schedule's end"
-            ]
-        )

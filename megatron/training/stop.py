@@ -116,6 +116,8 @@ class StopRules:
 
     def _limit_reached(self, state: TrainState) -> Stop | None:
         training = self._training
+        if training.skip_train:
+            return Stop("--skip-train is given", save=False, finished=True)
         for flag, limit, value in (
             ("--train-iters", training.train_iters, state.iteration),
             ("--train-samples", training.train_samples, state.consumed_samples),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Protocol
 
 from megatron.engine.interface import Engine, MicroBatch
@@ -15,7 +16,7 @@ from megatron.training.metrics import Interval, SpeedModel, memory_gib
 from megatron.training.report import Reporter
 from megatron.training.schedule import LearningRate, WeightDecay
 from megatron.training.state import TrainState
-from megatron.training.stop import EXIT_DONE, SignalFlag, Stop, StopRules
+from megatron.training.stop import SignalFlag, Stop, StopRules
 from megatron.training.timers import Timers
 
 Batches = Iterator[MicroBatch]
@@ -37,7 +38,8 @@ class Plan:
     Attributes:
         samples_per_micro_step: samples that all ranks together take through the model at once.
         evaluation_steps: global batches of one evaluation.
-        total_samples: where the training ends, or None when only a request ends it.
+        total_iterations: where the training ends, or None when only a request ends it.
+        total_samples: the same in samples.
         lowest_loss_scale: an overflow at a higher scale is fp16's search for one, not a bad result.
     """
 
@@ -48,6 +50,7 @@ class Plan:
     cadence: Cadence
     samples_per_micro_step: int
     evaluation_steps: int
+    total_iterations: int | None
     total_samples: int | None
     lowest_loss_scale: float = 1.0
 
@@ -55,7 +58,7 @@ class Plan:
 class Checkpoints(Protocol):
     """Keeps what a later run needs to continue this one."""
 
-    def save(self, engine: Engine, state: TrainState) -> str:
+    def save(self, engine: Engine, state: TrainState) -> Path:
         """Keep it, and return where."""
 
 
@@ -72,6 +75,8 @@ class Trainer:
         signals: what asks the process to stop.
         reporter: whom to tell.
         checkpoints: what saves; None saves nothing.
+        params_norm: measures the weights for each report; None leaves it out.
+        resources: closed when the run ends, whichever way.
     """
 
     def __init__(
@@ -86,6 +91,8 @@ class Trainer:
         signals: SignalFlag,
         reporter: Reporter,
         checkpoints: Checkpoints | None,
+        params_norm: Callable[[], float] | None,
+        resources: ExitStack,
     ) -> None:
         self.plan = plan
         self.state = state
@@ -96,14 +103,17 @@ class Trainer:
         self._signals = signals
         self._reporter = reporter
         self._checkpoints = checkpoints
+        self._params_norm = params_norm
+        self._resources = resources
         self._timers = Timers()
         self._interval = Interval(plan.lowest_loss_scale)
-        self._first_iteration = self._saved_at = self._evaluated_at = state.iteration
+        self._first_iteration = self._saved_at = state.iteration
+        self._evaluated_at = -1
 
     def fit(self) -> int:
         """Train, and return the exit code of the process."""
         cadence = self.plan.cadence
-        with closing(self._reporter), closing(self.engine), self._signals:
+        with self._resources, self._signals:
             self._timers.take()
             while (stop := self._reason_to_stop()) is None:
                 self._train_step()
@@ -114,13 +124,6 @@ class Trainer:
                 if self._due(cadence.save):
                     self._save()
             return self._leave(stop)
-
-    def evaluate_only(self) -> int:
-        """Evaluate on the validation and the test set, and return the exit code of the process."""
-        with closing(self._reporter), closing(self.engine):
-            for split in self._held_out:
-                self._evaluate(split)
-            return EXIT_DONE
 
     def _reason_to_stop(self) -> Stop | None:
         return self._rules.stop(self.state, stepped=self.state.iteration > self._first_iteration)
@@ -151,6 +154,7 @@ class Trainer:
                 "elapsed_ms_per_step": 1e3 * seconds / interval.steps,
                 **self.plan.speed.measure(interval.samples, seconds),
                 "eta_seconds": self._seconds_left(seconds / interval.samples),
+                **({} if self._params_norm is None else {"params_norm": self._params_norm()}),
                 "memory_gib": memory_gib(self.engine.device),
                 "timers_ms": {name: 1e3 * spent / interval.steps for name, spent in timers.items()},
             }

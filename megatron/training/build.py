@@ -1,0 +1,343 @@
+"""The composition root: a run config becomes a trainer. Nothing else knows all the parts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron.config.deepspeed_json import read_deepspeed_json
+from megatron.config.derived import data_parallel_size
+from megatron.config.sections import RunConfig
+from megatron.data.batch import Batch, BatchOptions
+from megatron.data.datasets import Datasets, build_datasets
+from megatron.data.gpt_dataset import SampleDataset
+from megatron.data.loader import build_loader
+from megatron.data.tokenizer.build import build_tokenizer
+from megatron.data.tokenizer.interface import Tokenizer
+from megatron.engine.flat import build_flat_engine
+from megatron.engine.interface import Engine
+from megatron.engine.launch import RankEnvironment, start
+from megatron.engine.settings import build_settings
+from megatron.kernels.attention.interface import AttentionBackend, AttentionRequest
+from megatron.kernels.attention.pick import pick_attention
+from megatron.model.flops import hardware_flops_per_token, model_flops_per_token
+from megatron.model.gpt import GPT, padded_vocab_size
+from megatron.model.init import initialize_parameters
+from megatron.parallel.groups import ParallelGroups, create_groups
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.random import RandomStreams, seed_everything
+from megatron.training.batch_size import BatchSize
+from megatron.training.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    find_checkpoint,
+    read_checkpoint,
+    read_streams,
+    refuse_foreign,
+)
+from megatron.training.control import Control
+from megatron.training.metrics import SpeedModel, peak_tflops
+from megatron.training.param_groups import build_param_groups
+from megatron.training.params_norm import params_norm
+from megatron.training.report import Reporter, build_reporter
+from megatron.training.resume import check_fits, check_layout
+from megatron.training.schedule import build_learning_rate, build_weight_decay, training_length
+from megatron.training.state import TrainState
+from megatron.training.stop import SignalFlag, StopRules
+from megatron.training.trainer import Cadence, Plan, Trainer
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where this process runs and with whom."""
+
+    device: torch.device
+    groups: ParallelGroups
+    control: Control
+    streams: RandomStreams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """A checkpoint that was found whole and fits this run."""
+
+    path: Path
+    state: TrainState
+
+
+def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
+    """Join the other ranks and make everything a run needs, from a checkpoint where there is one to resume.
+
+    Raises:
+        UserError: something the user can put right, with the sentence that says how.
+    """
+    started = time.monotonic()
+    with ExitStack() as resources:
+        place = _join(config, environment)
+        tokenizer = build_tokenizer(config.data)
+        plan = build_plan(config, tokenizer.vocab_size, place)
+        reporter = _open_reporter(config, plan, place.control)
+        resources.callback(reporter.close)
+        resume = _find_resume(config, place, reporter.say)
+        state = TrainState() if resume is None else resume.state
+        attention, reason = pick_attention(config.kernels.attention_backend, _attention_request(config, place.device))
+        datasets = _open_datasets(config, plan, tokenizer, place, reporter.say)
+        model = build_model(config, tokenizer.vocab_size, place.groups, attention, place.device)
+        for sentence in _describe(config, plan, place, model, f"{attention.name}, {reason}"):
+            reporter.say(sentence)
+        engine = _build_engine(config, model, place)
+        resources.callback(engine.close)
+        if resume is not None:
+            _restore(resume, engine, place, with_streams=not config.checkpoint.no_load_rng)
+        reporter.start({"world_size": place.groups.world.size, **state.to_json()})
+        open_batches = partial(_open_batches, config, place, _batch_options(config, tokenizer, attention))
+        signals = SignalFlag(enabled=config.training.exit_signal_handler)
+        return Trainer(
+            plan,
+            state=state,
+            engine=engine,
+            training_batches=open_batches(datasets.train, state.consumed_samples, config.data.num_workers),
+            held_out=_held_out(datasets, open_batches),
+            rules=StopRules(config.training, place.control, signals, started=started),
+            signals=signals,
+            reporter=reporter,
+            checkpoints=_build_checkpoints(config, place),
+            params_norm=partial(params_norm, engine.module, place.control)
+            if config.reporting.log_params_norm
+            else None,
+            resources=resources.pop_all(),
+        )
+
+
+def build_model(
+    config: RunConfig, vocab_size: int, groups: ParallelGroups, attention: AttentionBackend, device: torch.device
+) -> GPT:
+    """Make the initialised model, in fp32 on the device."""
+    with device:
+        model = GPT(
+            config.model,
+            vocab_size=vocab_size,
+            groups=groups,
+            attention=attention,
+            recompute_granularity=config.kernels.recompute_granularity,
+            recompute_num_layers=config.kernels.recompute_num_layers,
+        )
+    initialize_parameters(
+        model, seed=config.training.seed, std=config.model.init_method_std, num_layers=config.model.num_layers
+    )
+    return model
+
+
+def build_plan(config: RunConfig, vocab_size: int, place: Place) -> Plan:
+    """Make the schedules and the constants of a run."""
+    training, seq_length = config.training, config.data.seq_length
+    batch_size = BatchSize.ramped(training.global_batch_size, training.rampup_batch_size)
+    steps_to = {
+        "iterations": lambda limit: limit,
+        "samples": batch_size.iterations_of,
+        "tokens": lambda limit: batch_size.iterations_of(-(-limit // seq_length)),
+    }
+    total_iterations = min((steps_to[unit](limit) for unit, limit in training_length(training).items()), default=None)
+    return Plan(
+        batch_size=batch_size,
+        learning_rate=build_learning_rate(config.optimizer, training),
+        weight_decay=build_weight_decay(config.optimizer, training),
+        speed=_speed_model(config, vocab_size, place),
+        cadence=Cadence(
+            log=config.reporting.log_interval,
+            evaluate=training.eval_interval,
+            save=config.checkpoint.save_interval,
+        ),
+        samples_per_micro_step=training.micro_batch_size * place.groups.data.size,
+        evaluation_steps=training.eval_iters,
+        total_iterations=total_iterations,
+        total_samples=None if total_iterations is None else batch_size.samples_of(total_iterations),
+        lowest_loss_scale=training.loss_scale or training.min_loss_scale if training.precision == "fp16" else 1.0,
+    )
+
+
+def _speed_model(config: RunConfig, vocab_size: int, place: Place) -> SpeedModel:
+    seq_length = config.data.seq_length
+    rows = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
+    granularity = config.kernels.recompute_granularity
+    peak = config.reporting.peak_tflops
+    if peak is None and place.device.type == "cuda":
+        peak = peak_tflops(torch.cuda.get_device_name(place.device), config.training.precision)
+    return SpeedModel(
+        tokens_per_sample=seq_length,
+        model_flops_per_sample=seq_length * model_flops_per_token(config.model, rows, seq_length),
+        hardware_flops_per_sample=seq_length
+        * hardware_flops_per_token(config.model, rows, seq_length, recompute_granularity=granularity),
+        num_devices=place.groups.world.size,
+        peak_tflops=peak,
+    )
+
+
+def _join(config: RunConfig, environment: RankEnvironment) -> Place:
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    device = start(environment, timeout)
+    mesh = Mesh(
+        pipeline=config.parallel.pipeline_model_parallel_size,
+        data=data_parallel_size(config.parallel, environment.world_size),
+        ulysses=config.parallel.ds_sequence_parallel_size,
+        tensor=config.parallel.tensor_model_parallel_size,
+    )
+    groups = create_groups(mesh, environment.rank, timeout)
+    streams = seed_everything(config.training.seed, groups, device)
+    return Place(device=device, groups=groups, control=Control.of_world(timeout), streams=streams)
+
+
+def _open_reporter(config: RunConfig, plan: Plan, control: Control) -> Reporter:
+    return build_reporter(
+        config.reporting,
+        is_first=control.is_first,
+        save=config.checkpoint.save,
+        total_iterations=plan.total_iterations,
+        config=config.to_json(),
+    )
+
+
+def _find_resume(config: RunConfig, place: Place, say: Callable[[str], None]) -> Resume | None:
+    checkpoint = config.checkpoint
+    path = None if checkpoint.load is None else find_checkpoint(Path(checkpoint.load), place.control, say)
+    if path is None and checkpoint.load is not None and not checkpoint.load_if_exists:
+        raise CheckpointError(
+            f"--load {checkpoint.load} holds no checkpoint: correct the folder, or add --load-if-exists to start from "
+            "scratch when there is none"
+        )
+    if checkpoint.save is not None:
+        refuse_foreign(Path(checkpoint.save), path, place.control)
+    if path is None:
+        return None
+    saved = read_checkpoint(path)
+    check_layout(saved.state, data_parallel_size=place.groups.data.size)
+    changes = check_fits(saved.config, json.loads(json.dumps(config.to_json())))
+    state = TrainState.from_json(saved.state["counters"])
+    say(f" resuming {path}: iteration {state.iteration}, {state.consumed_samples} samples")
+    if changes:
+        say(f" changed since that checkpoint: {', '.join(changes)}")
+    return Resume(path=path, state=state)
+
+
+def _restore(resume: Resume, engine: Engine, place: Place, *, with_streams: bool) -> None:
+    engine.load(resume.path)
+    if with_streams:
+        place.streams.load_state_dict(read_streams(resume.path, place.control.rank))
+
+
+def _attention_request(config: RunConfig, device: torch.device) -> AttentionRequest:
+    return AttentionRequest(
+        head_size=config.model.kv_channels,
+        dtype=DTYPES[config.training.precision],
+        device_type=device.type,
+        dropout=config.model.attention_dropout,
+        gqa=config.model.num_key_value_heads != config.model.num_attention_heads,
+        documents=config.data.reset_attention_mask,
+    )
+
+
+def _open_datasets(
+    config: RunConfig, plan: Plan, tokenizer: Tokenizer, place: Place, say: Callable[[str], None]
+) -> Datasets:
+    held_out = plan.evaluation_steps * plan.batch_size.final
+    return build_datasets(
+        config.data,
+        num_train=0 if config.training.skip_train else plan.total_samples or 0,
+        num_valid=held_out,
+        num_test=held_out,
+        seed=config.training.seed,
+        tokenizer=tokenizer,
+        who=f"rank {place.control.rank}",
+        note=say,
+    )
+
+
+def _batch_options(config: RunConfig, tokenizer: Tokenizer, attention: AttentionBackend) -> BatchOptions:
+    return BatchOptions(
+        eod_id=tokenizer.eod_id,
+        reset_position_ids=config.data.reset_position_ids,
+        reset_attention_mask=config.data.reset_attention_mask,
+        eod_mask_loss=config.data.eod_mask_loss,
+        dense_mask=attention.dense_document_mask,
+        vocab_size=tokenizer.vocab_size,
+    )
+
+
+def _open_batches(
+    config: RunConfig,
+    place: Place,
+    options: BatchOptions,
+    dataset: SampleDataset | None,
+    consumed_samples: int = 0,
+    num_workers: int = 0,
+) -> Iterator[Batch]:
+    """Give this rank's micro-batches of a set; none of a set that is not there."""
+    if dataset is None:
+        return iter(())
+    return build_loader(
+        dataset,
+        micro_batch_size=config.training.micro_batch_size,
+        data_rank=place.groups.data.rank,
+        data_size=place.groups.data.size,
+        consumed_samples=consumed_samples,
+        num_workers=num_workers,
+        options=options,
+    )
+
+
+def _held_out(
+    datasets: Datasets, open_batches: Callable[[SampleDataset], Iterator[Batch]]
+) -> dict[str, Callable[[], Iterator[Batch]]]:
+    sets = {"validation": datasets.valid, "test": datasets.test}
+    return {name: partial(open_batches, dataset) for name, dataset in sets.items() if dataset is not None}
+
+
+def _build_engine(config: RunConfig, model: GPT, place: Place) -> Engine:
+    file = config.engine.deepspeed_config
+    settings = build_settings(
+        config,
+        None if file is None else read_deepspeed_json(file),
+        data_parallel_size=place.groups.data.size,
+        device_type=place.device.type,
+    )
+    groups = build_param_groups(model.named_parameters())
+    return build_flat_engine(model, groups, settings, place.groups, place.device)
+
+
+def _build_checkpoints(config: RunConfig, place: Place) -> CheckpointWriter | None:
+    if config.checkpoint.save is None:
+        return None
+    return CheckpointWriter(
+        Path(config.checkpoint.save),
+        config=config.to_json(),
+        layout={"data_parallel_size": place.groups.data.size},
+        control=place.control,
+        streams=place.streams,
+        keep_last=config.checkpoint.keep_last,
+    )
+
+
+def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, attention: str) -> Iterator[str]:
+    """Say once, at the start, what was chosen."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    training = config.training
+    yield (
+        f" {size / 1e6:.1f} M parameters, {training.precision}, ZeRO-{config.engine.zero_stage}, "
+        f"{place.groups.world.size} x {place.device.type}, torch {torch.__version__}"
+    )
+    yield f" attention: {attention}"
+    if plan.total_samples is not None:
+        yield (
+            f" training: {plan.total_iterations} iterations of {training.global_batch_size} x {config.data.seq_length} "
+            f"tokens, {plan.total_samples * config.data.seq_length / 1e6:.1f} M in all"
+        )
