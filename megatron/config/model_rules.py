@@ -1,6 +1,6 @@
 """Rules of the model's shape, positions and recompute."""
 
-# ruff: noqa: D401, D404 - the docstring of a rule states what holds, not what the function does
+# ruff: noqa: D401 - the docstring of a rule states what holds, not what the function does
 
 from __future__ import annotations
 

@@ -71,8 +71,9 @@ def _read_value(flag: Flag, words: Any, reading: Reading) -> None:
 
 def unknown_flag(name: str) -> str:
     """Say that `name` is no flag, with the nearest ones that are."""
-    candidates = [*_spellings(), *retired.usable_names()]
-    nearest = difflib.get_close_matches(name, candidates, n=3, cutoff=0.65)
+    nearest: list[str] = []
+    for candidates in (_spellings(), retired.usable_names()):
+        nearest = nearest or difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.65)
     advice = f"did you mean {' or '.join(nearest)}?" if nearest else "--help lists all flags."
     return f"{name} is not a flag: {advice}"
 

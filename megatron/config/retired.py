@@ -57,8 +57,12 @@ def rewrite(words: Iterable[str], known: Iterable[str]) -> Rewritten:
             result.errors.append(problem)
         else:
             _apply(fate, use, result, ignored)
-    result.notes = [f"{', '.join(names)} ignored: {reason}." for reason, names in ignored.items()]
+    result.notes = [_note(names, reason) for reason, names in ignored.items()]
     return result
+
+
+def _note(names: list[str], reason: str) -> str:
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} ignored: {reason}."
 
 
 def usable_names() -> Iterator[str]:

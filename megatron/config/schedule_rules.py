@@ -1,6 +1,6 @@
 """Rules of the learning-rate and weight-decay schedules."""
 
-# ruff: noqa: D401, D404 - the docstring of a rule states what holds, not what the function does
+# ruff: noqa: D401 - the docstring of a rule states what holds, not what the function does
 
 from __future__ import annotations
 

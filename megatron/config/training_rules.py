@@ -1,6 +1,6 @@
 """Rules of the training's length, its batches and its precision."""
 
-# ruff: noqa: D401, D404 - the docstring of a rule states what holds, not what the function does
+# ruff: noqa: D401 - the docstring of a rule states what holds, not what the function does
 
 from __future__ import annotations
 
