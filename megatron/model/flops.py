@@ -32,13 +32,21 @@ def hardware_flops_per_token(
     sequence_length: int,
     *,
     recompute_granularity: str = "none",
+    recompute_num_layers: int = 1,
     causal: bool = False,
 ) -> float:
-    """Add what backward computes again: under "full" recompute, the forward pass of every block."""
+    """Add what backward computes again: under "full" recompute, the forward pass of every block.
+
+    The second pass over a unit of blocks ends as soon as backward has all it needs. Only dropout needs the output of
+    the unit's last product; without it that product is not run again.
+    """
     flops = model_flops_per_token(config, padded_vocab_size, sequence_length, causal=causal)
     if recompute_granularity == "full":
         block = 2 * _block_parameters(config) + _attention_flops(config, sequence_length, causal=causal)
         flops += config.num_layers * block
+        if config.hidden_dropout == 0:
+            num_units = -(-config.num_layers // recompute_num_layers)
+            flops -= num_units * 2 * config.hidden_size * config.ffn_hidden_size
     return flops
 
 

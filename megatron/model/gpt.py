@@ -12,6 +12,7 @@ from torch import Tensor, is_grad_enabled, nn
 from megatron.config.model import ModelConfig
 from megatron.kernels.attention.interface import AttentionBackend
 from megatron.kernels.attention.mask import and_causal
+from megatron.kernels.attention.pick import AttentionUnavailableError
 from megatron.model.block import Block
 from megatron.model.context import Context, KeyValueCache
 from megatron.model.embedding import Positions, WordEmbedding
@@ -109,7 +110,7 @@ class GPT(nn.Module):
             Without labels the logits [s, b, v/t]; with them the sum of the losses, an fp32 scalar.
 
         Raises:
-            ValueError: a mask or a cache is given and the attention backend does not honour it.
+            AttentionUnavailableError: a mask or a cache is given and the attention backend does not honour it.
         """
         self._check_backend(attention_mask, cache)
         mask = None if attention_mask is None else and_causal(attention_mask)
@@ -140,7 +141,7 @@ class GPT(nn.Module):
     def _check_backend(self, attention_mask: Tensor | None, cache: KeyValueCache | None) -> None:
         for feature, given in (("documents", attention_mask), ("cache", cache)):
             if given is not None and feature not in self.attention.features:
-                raise ValueError(
+                raise AttentionUnavailableError(
                     f"--attention-backend {self.attention.name} lacks {feature!r}: choose one that has it, or auto"
                 )
 

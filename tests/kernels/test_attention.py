@@ -1,0 +1,146 @@
+"""Every attention backend gives what the reference gives, and is chosen only for what it can do."""
+
+import math
+
+import pytest
+import torch
+
+from megatron.kernels.attention.interface import AttentionBackend, AttentionRequest
+from megatron.kernels.attention.mask import causal_mask
+from megatron.kernels.attention.pick import AttentionUnavailableError, pick_attention
+from megatron.kernels.registry import find_implementations
+
+BACKENDS = find_implementations("megatron.kernels.attention", AttentionBackend)
+REFERENCE = BACKENDS["unfused"]
+OTHERS = [backend for name, backend in BACKENDS.items() if name != "unfused" and backend.unavailable() is None]
+
+
+def heads(query_length, key_length, query_heads, kv_heads, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(query_length, 2, query_heads, 8), (key_length, 2, kv_heads, 8), (key_length, 2, kv_heads, 8)]
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def run(backend, tensors, **request):
+    request = {"scale": 0.3, "causal": True, "dropout": 0.0, "mask": None, **request}
+    output = backend.attend(*tensors, **request)
+    generator = torch.Generator().manual_seed(1)
+    grads = torch.autograd.grad(output, tensors, torch.randn(output.shape, generator=generator).to(output.dtype))
+    return [output, *grads]
+
+
+def document_mask(length):
+    document = torch.tensor([[0] * 3 + [1] * (length - 3), [0] * 6 + [1] * (length - 6)])
+    return (document[:, None, :, None] == document[:, None, None, :]).contiguous()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [(9, 9), (1, 9), (4, 9)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", OTHERS, ids=lambda backend: backend.name)
+def test_backend_equals_reference(backend, causal, lengths, kv_heads):
+    tensors = heads(*lengths, 4, kv_heads)
+    torch.testing.assert_close(run(backend, tensors, causal=causal), run(REFERENCE, tensors, causal=causal))
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", OTHERS, ids=lambda backend: backend.name)
+def test_backend_equals_reference_under_a_document_mask(backend, causal, kv_heads):
+    tensors, mask = heads(9, 9, 4, kv_heads), document_mask(9)
+    actual = run(backend, tensors, causal=causal, mask=mask)
+    torch.testing.assert_close(actual, run(REFERENCE, tensors, causal=causal, mask=mask))
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_reference_equals_the_formula(kv_heads):
+    tensors = query, key, value = heads(5, 7, 4, kv_heads)
+    expected = torch.empty_like(query)
+    for batch in range(2):
+        for head in range(4):
+            kv_head = head // (4 // kv_heads)
+            for i in range(5):
+                visible = 7 - 5 + i + 1
+                weights = (key[:visible, batch, kv_head] @ query[i, batch, head] * 0.3).softmax(dim=0)
+                expected[i, batch, head] = weights @ value[:visible, batch, kv_head]
+    torch.testing.assert_close(run(REFERENCE, tensors)[0], expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=lambda backend: backend.name)
+def test_bf16_stays_bf16(backend):
+    tensors = heads(9, 9, 4, 2, torch.bfloat16)
+    output = run(backend, tensors)[0]
+    assert output.dtype == torch.bfloat16
+    expected = run(REFERENCE, [tensor.detach().float().requires_grad_() for tensor in tensors])[0]
+    torch.testing.assert_close(output.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=lambda backend: backend.name)
+def test_dropout_keeps_the_mean_and_drops_the_stated_share(backend):
+    torch.manual_seed(0)
+    length, probability = 400, 0.25
+    query = key = torch.zeros(length, 1, 1, 8)
+    value = torch.ones(length, 1, 1, 8)
+    output = backend.attend(query, key, value, scale=1.0, causal=False, dropout=probability)
+    # Each output is the kept share of equal weights, over the kept probability: mean 1, variance p / ((1 - p) length).
+    assert output.mean() == pytest.approx(1.0, abs=0.01)
+    assert output[..., 0].std() == pytest.approx(math.sqrt(probability / (1 - probability) / length), rel=0.15)
+
+
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=lambda backend: backend.name)
+def test_the_same_seed_drops_the_same_weights(backend):
+    tensors = heads(9, 9, 4, 2)
+    outputs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        outputs.append(run(backend, tensors, dropout=0.5)[0])
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+
+
+def test_a_causal_mask_made_while_generating_serves_a_backward():
+    causal_mask.cache_clear()
+    with torch.inference_mode():
+        run_length = heads(4, 9, 4, 4)
+        REFERENCE.attend(*run_length, scale=1.0, causal=True, dropout=0.0)
+    run(REFERENCE, heads(4, 9, 4, 4))
+
+
+REQUEST = AttentionRequest(head_size=64, dtype=torch.float32, device_type="cpu", dropout=0.1, gqa=True)
+
+
+def test_auto_takes_the_fastest_and_says_why():
+    backend, reason = pick_attention("auto", REQUEST)
+    assert backend.name == "sdpa"
+    assert "fastest" in reason
+    assert "dropout, gqa" in reason
+
+
+def test_a_named_backend_is_taken():
+    assert pick_attention("unfused", REQUEST)[0].name == "unfused"
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones():
+    with pytest.raises(AttentionUnavailableError, match=r"flash_v9 is not known; choose one of auto, sdpa, unfused"):
+        pick_attention("flash_v9", REQUEST)
+
+
+def test_a_request_that_nobody_can_honour_raises_every_reason():
+    request = AttentionRequest(head_size=64, dtype=torch.float64, device_type="cpu")
+    with pytest.raises(AttentionUnavailableError, match=r"sdpa: it does not compute in float64; unfused: it does not"):
+        pick_attention("auto", request)
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"features": frozenset({"gqa"})}, "it lacks dropout"),
+        ({"device_types": frozenset({"cuda"})}, "it does not run on cpu"),
+        ({"max_head_size": 32}, "its heads have at most 32 channels, not 64"),
+        ({"unavailable": lambda: "flash-attn is not installed"}, "flash-attn is not installed"),
+        ({}, None),
+    ],
+)
+def test_a_backend_says_why_it_cannot(limits, reason):
+    backend = AttentionBackend(name="x", choose_when="", preference=0, attend=REFERENCE.attend, **limits)
+    assert backend.why_not(REQUEST) == reason
