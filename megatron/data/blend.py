@@ -76,7 +76,7 @@ def build_blend_indices(
 
     The order is Megatron-LM's: sample t is of the dataset that is furthest behind, with the largest
     `share * max(t, 1) - samples so far`, the first of equals. So dataset i never has more than
-    `ceil(share_i * num_samples)` samples.
+    `ceil(share_i * num_samples)` samples; it may fall a little more than one behind (three sets of 1:1:7 do, by 1.11).
 
     That rule is sequential. It is computed here for many pieces of the order at once, each from a guess of the counts
     it begins with, and pieces whose guess differs from where the piece before ended are computed again from there,

@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron.config.errors import UserError
 from megatron.data.atomic import publish, sync_folder, temporary_beside
 from megatron.data.errors import DataError, DataTimeoutError
 
@@ -103,7 +105,9 @@ class IndexCache:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._build_or_wait(entry, text, build)
-            except PermissionError as error:
+            except UserError:
+                raise
+            except OSError as error:
                 raise DataError(
                     f"{self.folder} cannot be written ({error.strerror}), and the sample index {entry.name} is not in "
                     f"it: name a folder that can with --data-cache-path."
@@ -170,9 +174,9 @@ def _break(lock: Path, content: str) -> None:
         lock.rename(removed)
     except FileNotFoundError:
         return
-    if removed.read_text() != content and not lock.exists():
-        removed.rename(lock)  # another process broke it first and this was its new lock
-        return
+    if removed.read_text() != content:  # another process broke it first, and this was its new lock: put it back
+        with suppress(FileExistsError):
+            os.link(removed, lock)
     removed.unlink(missing_ok=True)
 
 
