@@ -70,7 +70,7 @@ def test_explicit_flag_that_contradicts_names_both_values_key_and_flag(
     with pytest.raises(ConfigError) as raised:
         load(tmp_path, content, flag, other)
     told = str(raised.value)
-    section, inside = next(iter(content.items()))
+    section = next(iter(content))
     assert flag in told
     assert other in told or str(float(other)) in told or json.dumps(float(other)) in told
     assert section.replace("bfloat16", "bf16") in told

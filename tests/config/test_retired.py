@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron.config.errors import ConfigError
+from megatron.config.retired_flags import FATES, REFUSED_VALUES, RENAMED_VALUES, Alias, Ignored, Refused
+from megatron.config.run import RunConfig, load_run_config
+from megatron.config.sections import all_flags
+from tests.config.command_lines import legal
+
+OLDER = [
+    name
+    for line in (Path(__file__).parent / "older_gpt_flags.txt").read_text().splitlines()
+    if not line.startswith("#")
+    for name in line.split()
+]
+
+
+def by_fate(kind: type) -> list[str]:
+    return [name for name, fate in FATES.items() if isinstance(fate, kind)]
+
+
+def load(words: str) -> RunConfig:
+    return load_run_config(legal(*words.split())).config
+
+
+def use(name: str, value: str = "3") -> list[str]:
+    """The flag with as many values as it takes."""
+    return [f"--{name}", *([value] if FATES[name].takes else [])]
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_every_older_flag_is_a_field_or_has_a_fate(name: str) -> None:
+    is_field = name.replace("-", "_") in all_flags()
+    assert is_field != (name.replace("_", "-").lower() in FATES)
+
+
+def test_no_retired_flag_shadows_a_flag_or_its_opposite() -> None:
+    spellings = {s for flag in all_flags().values() for s in (flag.spelling, flag.negation)}
+    assert not {f"--{name}" for name in FATES} & spellings
+
+
+@pytest.mark.parametrize("name", by_fate(Alias))
+def test_alias_leads_to_flags_that_are_there(name: str) -> None:
+    assert load_run_config(legal(*use(name, "4"))).config
+
+
+@pytest.mark.parametrize(
+    ("words", "section", "field", "value"),
+    [
+        ("--use-rotary-position-embeddings", "model", "position_embedding_type", "rope"),
+        ("--no-position-embedding", "model", "position_embedding_type", "none"),
+        ("--use-rotary-position-embeddings --no-position-embedding", "model", "position_embedding_type", "rope"),
+        ("--rotary-position-embeddings-theta 5e5", "model", "rotary_base", 5e5),
+        ("--num-query-groups=2", "model", "num_key_value_heads", 2),
+        ("--layernorm-epsilon 1e-6", "model", "norm_epsilon", 1e-6),
+        ("--layernorm_epsilon=1e-6", "model", "norm_epsilon", 1e-6),
+        ("--swiglu", "model", "activation_function", "swiglu"),
+        ("--openai-gelu", "model", "activation_function", "gelu_tanh"),
+        ("--squared-relu", "model", "activation_function", "squared_relu"),
+        ("--disable-bias-linear", "model", "add_bias_linear", False),
+        ("--normalization RMSNorm", "model", "normalization", "rmsnorm"),
+        ("--bf16", "training", "precision", "bf16"),
+        ("--fp16", "training", "precision", "fp16"),
+        ("--fp32", "training", "precision", "fp32"),
+        ("--fp16 --bf16", "training", "precision", "bf16"),
+        ("--batch-size 3", "training", "micro_batch_size", 3),
+        ("--checkpoint-activations", "kernels", "recompute_granularity", "full"),
+        ("--deepspeed-activation-checkpointing", "kernels", "recompute_granularity", "full"),
+        ("--checkpoint-num-layers 2", "kernels", "recompute_num_layers", 2),
+        ("--attention-backend local", "kernels", "attention_backend", "unfused"),
+        ("--tokenizer-type GPTSentencePieceTokenizer", "data", "tokenizer_type", "SentencePieceTokenizer"),
+        ("--tokenizer-type HFTokenizer", "data", "tokenizer_type", "HuggingFaceTokenizer"),
+        ("--optimizer adamw", "optimizer", "optimizer", "adam"),
+        ("--rotary-seq-len-interpolation-factor 4", "model", "rotary_scaling_factor", 4.0),
+    ],
+)
+def test_alias_sets_todays_field(words: str, section: str, field: str, value: object) -> None:
+    assert getattr(getattr(load(words), section), field) == value
+
+
+@pytest.mark.parametrize("name", by_fate(Ignored))
+def test_ignored_flag_changes_nothing_and_says_why_once(name: str) -> None:
+    loaded = load_run_config(legal(*use(name)))
+    fate = FATES[name]
+    assert isinstance(fate, Ignored)
+    assert loaded.config == load("")
+    assert loaded.notes == ((f"--{name} is ignored: {fate.reason}.",) if fate.reason else ())
+
+
+def test_flags_ignored_for_one_reason_share_a_note() -> None:
+    notes = load_run_config(legal("--no-bias-gelu-fusion", "--no-bias-dropout-fusion", "--mmap-warmup")).notes
+    assert len(notes) == 2
+    assert notes[0].startswith("--no-bias-gelu-fusion, --no-bias-dropout-fusion are ignored: ")
+
+
+@pytest.mark.parametrize("name", by_fate(Refused))
+def test_refused_flag_stops_with_advice(name: str) -> None:
+    fate = FATES[name]
+    assert isinstance(fate, Refused)
+    with pytest.raises(ConfigError) as raised:
+        load_run_config(legal(*use(name, "some")))
+    assert str(raised.value).startswith(f"--{name}")
+    assert str(raised.value).endswith(f"{fate.advice}.")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [f"--{name} {value}" for name, fate in FATES.items() if isinstance(fate, Refused) for value in fate.off]
+    + ["--num-experts 1 1", "--sample-rate 1.0", "--ds-sequence-parallel-size 1", "--recompute-granularity none"],
+)
+def test_value_that_asks_for_nothing_is_accepted(words: str) -> None:
+    assert load(words) == load("")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--use-flash-attn-v2", "--attention-backend sdpa"),
+        ("--use_flash_attn_triton", "--attention-backend sdpa"),
+        ("--recompute-activations", "--recompute-granularity full"),
+        ("--recompute-granularity selective", "selective recompute: this version does not have it"),
+        ("--attention-backend flash", "--attention-backend sdpa"),
+        ("--num-experts 8", "mixture of experts"),
+        ("--num-experts 8 16", "mixture of experts"),
+        ("--DDP-impl FSDP", "--zero-stage 3"),
+        ("--universal-checkpoint", "universal checkpoints: this version does not have it"),
+        ("--ds-sequence-parallel-fpdt", "Ulysses FPDT"),
+        ("--transformer-impl transformer_engine", "Transformer Engine"),
+        ("--finetune", "this version does not have it"),
+        ("--profile_steps 2,3", "nsys"),
+        ("--tokenizer-type Llama2Tokenizer", "HuggingFaceTokenizer"),
+        ("--swiglu yes", "--swiglu takes no value, not yes."),
+        ("--swiglu=yes", "--swiglu takes no value, not yes."),
+        ("--layernorm-epsilon", "--layernorm-epsilon takes one value, not nothing."),
+        ("--use-tutel 1", "--use-tutel takes no value, not 1."),
+    ],
+)
+def test_refusal_says_what_to_use_instead(words: str, sentence: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(words)
+    assert sentence in str(raised.value)
+
+
+def test_renamed_and_refused_values_belong_to_fields() -> None:
+    for name, values in RENAMED_VALUES.items():
+        choices = all_flags()[name].info.choices
+        assert set(values.values()) <= set(choices)
+        assert not set(values) & set(choices)
+    for name, refused in REFUSED_VALUES.items():
+        assert not set(refused) & set(all_flags()[name].info.choices)
+
+
+def test_advice_names_flags_that_are_there() -> None:
+    known = {flag.spelling for flag in all_flags().values()} | {f"--{name}" for name in FATES} | {"--config"}
+    texts = [fate.advice for fate in FATES.values() if isinstance(fate, Refused)]
+    texts += [fate.reason for fate in FATES.values() if isinstance(fate, Ignored)]
+    texts += [text for values in REFUSED_VALUES.values() for text in values.values()]
+    named = {word.strip("`,.:;()") for text in texts for word in text.split() if word.strip("`(").startswith("--")}
+    assert named <= known
