@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.parallel.collectives import start_all_reduce
+from megatron.parallel.collectives import reduce_from_group
 from megatron.parallel.groups import Group
 
 CHUNK_ELEMENTS = 2**25
-"""Logits that are in fp32 at a time: 128 MiB for each temporary, enough work to hide what a launch costs."""
+"""Logits that are in fp32 at a time: 128 MiB at a time, enough work to hide what a launch costs."""
 
 
 def vocab_parallel_cross_entropy(logits: Tensor, labels_sb: Tensor, group: Group, vocab_size: int) -> Tensor:
@@ -43,7 +43,10 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels_sb: Tensor, group: Group
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Gradient of a logit: (softmax - [it is the label's]) * gradient of the token's loss."""
+    """Forward sums over the ranks; backward needs no collective, since each rank has the gradient of its own columns.
+
+    d loss / d logit_j = softmax_j - [j is the label].
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels_sb: Tensor, group: Group, vocab_size: int) -> Tensor:
@@ -54,9 +57,11 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         is_here = (columns >= 0) & (columns < num_tokens)
         columns = columns.masked_fill(~is_here, 0)
 
-        log_sums = [torch.logsumexp(rows[chunk, :num_tokens].float(), dim=1) for chunk in _chunks(rows)]
+        highest = _highest(rows[:, :num_tokens], group)
+        exp_sums = [_exp_shifted(rows[chunk, :num_tokens], highest[chunk]).sum(dim=1) for chunk in _chunks(rows)]
         label_logits = rows.gather(1, columns.unsqueeze(1)).squeeze(1).float().masked_fill(~is_here, 0.0)
-        log_sum, label_logit = _combine(torch.cat(log_sums), label_logits, group)
+        exp_sum, label_logit = reduce_from_group(torch.stack([torch.cat(exp_sums), label_logits]), group)
+        log_sum = highest + exp_sum.log()
 
         ctx.save_for_backward(logits, columns, is_here, log_sum)
         ctx.num_tokens = num_tokens
@@ -69,26 +74,31 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         rows = logits.flatten(0, -2)
         grad = torch.empty_like(rows)
         grad[:, ctx.num_tokens :] = 0.0
+        if ctx.num_tokens == 0:
+            return grad.view_as(logits), None, None, None
         scale = grad_loss.flatten().unsqueeze(1)
         minus_label = -is_here.float().unsqueeze(1)
         for chunk in _chunks(rows):
-            # The difference is fp32, since log_sum is.
-            part = (rows[chunk, : ctx.num_tokens] - log_sum[chunk].unsqueeze(1)).exp_()
-            if ctx.num_tokens:
-                part.scatter_add_(1, columns[chunk].unsqueeze(1), minus_label[chunk])
-            grad[chunk, : ctx.num_tokens] = part.mul_(scale[chunk])
+            softmax = _exp_shifted(rows[chunk, : ctx.num_tokens], log_sum[chunk])
+            softmax.scatter_add_(1, columns[chunk].unsqueeze(1), minus_label[chunk])
+            torch.mul(softmax, scale[chunk], out=grad[chunk, : ctx.num_tokens])  # casts as it writes
         return grad.view_as(logits), None, None, None
 
 
-def _combine(log_sum: Tensor, label_logit: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Turn log-sums and label logits [n] over each rank's columns into those over all columns."""
-    if group.size == 1:
-        return log_sum, label_logit
-    highest = log_sum.clone()
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group.handle)
-    # exp(log_sum - highest) is at most one, and zero on a rank that has padding only: there log_sum is -inf.
-    sums, label_logit = start_all_reduce(torch.stack([(log_sum - highest).exp(), label_logit]), group).wait()
-    return highest + sums.log(), label_logit
+def _highest(rows: Tensor, group: Group) -> Tensor:
+    """Largest logit of each row over all ranks, fp32 [n]: subtracted, it keeps every exponential at one or below."""
+    if rows.shape[1]:
+        highest = rows.amax(dim=1).float()
+    else:
+        highest = torch.full((rows.shape[0],), float("-inf"), device=rows.device)
+    if group.size > 1:
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group.handle)
+    return highest
+
+
+def _exp_shifted(rows: Tensor, shift: Tensor) -> Tensor:
+    """exp(rows - shift) in fp32 with a single temporary: the difference has the dtype of `shift`."""
+    return (rows - shift.unsqueeze(1)).exp_()
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:
