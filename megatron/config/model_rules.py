@@ -5,13 +5,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from megatron.config.data import DataConfig
 from megatron.config.flags import spell
 from megatron.config.kernels import KernelsConfig
 from megatron.config.model import ModelConfig
 
+SCALING_ONLY = {
+    "llama3": ("rotary_low_freq_factor", "rotary_high_freq_factor"),
+    "yarn": ("rotary_beta_fast", "rotary_beta_slow"),
+}
+"""Fields that one kind of scaling reads."""
+
 ROTARY_ONLY = ("rotary_base", "rotary_percent", "rotary_interleaved", "rotary_scaling_type")
+
+
+def _default(name: str) -> Any:
+    return ModelConfig.__dataclass_fields__[name].default
 
 
 def heads_divide_hidden_size(model: ModelConfig) -> Iterator[str]:
@@ -57,12 +68,24 @@ def rotary_flags_need_rotary_positions(model: ModelConfig) -> Iterator[str]:
     if model.position_embedding_type == "rope":
         return
     for name in ROTARY_ONLY:
-        value, default = getattr(model, name), ModelConfig.__dataclass_fields__[name].default
-        if value != default:
+        value = getattr(model, name)
+        if value != _default(name):
             yield (
                 f"{spell(name)} {value} has no effect with --position-embedding-type {model.position_embedding_type}: "
                 f"add --position-embedding-type rope, or drop it."
             )
+
+
+def rotary_bands_belong_to_their_scaling(model: ModelConfig) -> Iterator[str]:
+    """The bands of one kind of scaling mean nothing to another."""
+    for kind, names in SCALING_ONLY.items():
+        for name in names:
+            value = getattr(model, name)
+            if model.rotary_scaling_type != kind and value != _default(name):
+                yield (
+                    f"{spell(name)} {value:g} has no effect with --rotary-scaling-type {model.rotary_scaling_type}: it "
+                    f"belongs to {kind}."
+                )
 
 
 def rotary_scaling_has_type_and_factor(model: ModelConfig) -> Iterator[str]:

@@ -84,6 +84,7 @@ _ALIASES = (
 
 _IGNORED = (
     _ignored("", "deepspeed local-rank="),
+    _ignored("the launcher is recognised by what it leaves in the environment", "deepspeed-mpi"),
     _ignored("there is one implementation of the model", "use-mcore-models use-legacy-models"),
     _ignored("--num-key-value-heads alone decides about grouped queries", "group-query-attention"),
     _ignored(
@@ -99,7 +100,7 @@ _IGNORED = (
     _ignored(
         "the loss is always computed in fp32, as a mean over tokens", "fp16-lm-cross-entropy calculate-per-token-loss"
     ),
-    _ignored("the training graph needs no special form for ONNX", "onnx-safe"),
+    _ignored("the training graph needs no special form for ONNX", "onnx-safe="),
     _ignored(
         "weights start as a function of the seed and their name alone", "use-cpu-initialization no-initialization"
     ),

@@ -45,6 +45,13 @@ BROKEN: list[tuple[str, str, str]] = [
         "",
         "--rotary-beta-slow 40 & --rotary-beta-fast 32",
     ),
+    ("--rotary-beta-fast 16", "", "--rotary-beta-fast 16 & --rotary-scaling-type none & yarn"),
+    (
+        "--position-embedding-type rope --rotary-scaling-type linear --rotary-scaling-factor 2 "
+        "--rotary-high-freq-factor 8",
+        "",
+        "--rotary-high-freq-factor 8 & --rotary-scaling-type linear & llama3",
+    ),
     ("--recompute-num-layers 2", "", "--recompute-num-layers 2 & --recompute-granularity full"),
     ("--recompute-granularity full --recompute-num-layers 5", "", "--recompute-num-layers 5 & --num-layers 4"),
     ("--attention-dropout 1.0", "", "--attention-dropout 1.0 & in [0, 1)"),
