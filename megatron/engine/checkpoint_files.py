@@ -66,15 +66,20 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def read_file(path: Path, map_location: Any = "cpu") -> Any:
+def read_file(path: Path, map_location: Any = "cpu", mmap: bool = False) -> Any:
     """Load what `write_file` saved; a file with any other class in it is refused before it can run code.
+
+    Args:
+        path: the file.
+        map_location: where its tensors go, as for `torch.load`.
+        mmap: leave its tensors on disk until they are read.
 
     Raises:
         CheckpointError: the file is missing or damaged, or holds objects of other classes.
     """
     try:
         with torch.serialization.safe_globals(ALLOWED_CLASSES):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the checkpoint is incomplete, or of another layout") from None
     except Exception as error:  # torch raises many kinds for damaged files, among them RuntimeError and EOFError

@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.runtime.zero.utils import ZeRORuntimeException
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
 from megatron.config.errors import ConfigError
-from megatron.engine.checkpoint_files import CheckpointFiles
+from megatron.engine.checkpoint_files import CheckpointFiles, read_file
 from megatron.engine.interface import CheckpointError, Engine, MicroBatch, StepResult
 from megatron.engine.launch import quiet_stdout
 from megatron.parallel.groups import ParallelGroups
@@ -136,16 +135,11 @@ class FlatEngine:
     def load(self, directory: Path) -> None:
         """See `Engine.load`."""
         self._require_files(directory)
+        self._require_same_layout(directory)
         clip_grad = getattr(self._engine.optimizer, "clip_grad", None)
         scaler = self._scaler
-        try:
-            with quiet_stdout():
-                self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
-        except ZeRORuntimeException as error:
-            raise CheckpointError(
-                f"{directory} was saved by another number of data-parallel ranks or another ZeRO stage ({error}): "
-                "resume with those"
-            ) from error
+        with quiet_stdout():
+            self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
         # A checkpoint continues the state; what the flags say holds as of this run.
         for group, values in zip(self._param_groups, self._hyperparameters, strict=True):
             group.update(values)
@@ -238,20 +232,45 @@ class FlatEngine:
             self._engine.zero_grad()
         return norm, not finite
 
+    def _model_file(self, directory: Path) -> Path:
+        return Path(self._engine._get_ckpt_name(str(directory.parent), directory.name))
+
     def _require_files(self, directory: Path) -> None:
         """Raise on all ranks together when one of them lacks a file: DeepSpeed would let the others go on alone."""
-        names = [self._engine._get_ckpt_name(str(directory.parent), directory.name)]
+        files = [self._model_file(directory)]
         if self._sharded:
-            names.append(self._engine._get_zero_ckpt_name(str(directory.parent), directory.name))
-        missing = [name for name in names if not Path(name).is_file()]
+            files.append(Path(self._engine._get_zero_ckpt_name(str(directory.parent), directory.name)))
+        missing = [file for file in files if not file.is_file()]
         lacking = torch.tensor(float(bool(missing)), device=self.device)
         dist.all_reduce(lacking)
         if lacking.item():
             what = f"{missing[0]} is missing" if missing else f"{lacking.item():.0f} ranks lack their files"
             raise CheckpointError(
-                f"checkpoint {directory}: {what}; it is incomplete, or was saved with another number of ranks or "
-                "another ZeRO stage"
+                f"checkpoint {directory}: {what}; it is incomplete, or was saved with another number of ranks, "
+                "--zero-stage or --precision"
             )
+
+    def _require_same_layout(self, directory: Path) -> None:
+        """Raise when the optimizer's state in the files is cut or kept in another way than this engine's."""
+        content = read_file(self._model_file(directory), mmap=True)
+        then = _describe_layout(content["ds_config"], content["dp_world_size"])
+        now = _describe_layout(self._engine.config, self._data.size)
+        changes = [f"{name} {then[name]}, not {now[name]}" for name in now if then[name] != now[name]]
+        if changes:
+            raise CheckpointError(f"checkpoint {directory} was saved with {', '.join(changes)}: resume with the same")
+
+
+def _describe_layout(settings: Mapping[str, Any], data_parallel_size: int) -> dict[str, Any]:
+    """Name what must not change between saving and loading an engine's state."""
+    zero = settings["zero_optimization"]
+    return {
+        "data-parallel size": data_parallel_size,
+        "--zero-stage": zero["stage"],
+        "--precision": next((name for name in ("bf16", "fp16") if settings[name]["enabled"]), "fp32"),
+        "gradients summed in": settings["data_types"]["grad_accum_dtype"],
+        "--cpu-optimizer": zero.get("offload_optimizer", {}).get("device") == "cpu",
+        "--optimizer": settings["optimizer"]["type"],
+    }
 
 
 def _take_over_state(scaler: Any, loaded: Any) -> None:
