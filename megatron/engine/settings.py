@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from megatron.config.deepspeed_json import ACCUMULATION, KEYS
+from megatron.config.deepspeed_json import ACCUMULATION, KEYS, OLD_NAMES
 from megatron.config.errors import ConfigError
 from megatron.config.flags import spell
 
@@ -20,16 +20,10 @@ if TYPE_CHECKING:
 
 Path = tuple[str, ...]
 
-OWNED: dict[str, str] = {
-    **{key.path: spell(key.field) for key in KEYS},
-    ACCUMULATION: "--global-batch-size",
-    "bf16.enabled": "--precision",
-    "fp16.enabled": "--precision",
-    "optimizer.params.lr": "--lr",
-    "optimizer.params.betas": "--adam-beta1 and --adam-beta2",
-    "optimizer.params.eps": "--adam-eps",
-    "optimizer.params.weight_decay": "--weight-decay",
-    "optimizer.params.momentum": "--sgd-momentum",
+_SWITCHES = {ACCUMULATION: "--global-batch-size", "bf16.enabled": "--precision", "fp16.enabled": "--precision"}
+
+OWNED: dict[str, str] = _SWITCHES | {
+    key.path: " and ".join(spell(other.field) for other in KEYS if other.path == key.path) for key in KEYS
 }
 """Where a value of the file has a flag of the same meaning: they must agree."""
 
@@ -42,6 +36,7 @@ FIXED: dict[str, str] = {
     "zero_optimization.compute_grad_norm": "the gradient norm is always reported",
     "zero_optimization.load_from_fp32_weights": "a resumed run continues bit for bit",
     "zero_optimization.elastic_checkpoint": "a resumed run continues bit for bit",
+    "optimizer.params.adam_w_mode": "--optimizer adam is AdamW",
     "checkpoint.load_universal": "checkpoints are loaded in the layout that saved them",
 }
 """Values that the framework relies on; the file may repeat them."""
@@ -93,11 +88,6 @@ FREE = frozenset(
 )
 """Top-level keys that the framework does not write itself and the file may."""
 
-RENAMED = {"bfloat16": "bf16"}
-
-OPTIMIZERS = {"adam": ("Adam", "AdamW"), "sgd": ("SGD",)}
-"""For each value of --optimizer, the types that the file may name."""
-
 
 def build_settings(
     config: RunConfig, user: Mapping[str, Any] | None = None, *, data_parallel_size: int, device_type: str
@@ -119,7 +109,7 @@ def build_settings(
         raise ConfigError(problems)
     settings = _from_flags(config, data_parallel_size, device_type)
     if user:
-        problems = list(_merge(settings, {RENAMED.get(key, key): value for key, value in user.items()}, config))
+        problems = list(_merge(settings, {OLD_NAMES.get(key, key): value for key, value in user.items()}))
         if problems:
             raise ConfigError(problems)
     return settings
@@ -227,11 +217,11 @@ def _optimizer(config: RunConfig) -> dict[str, Any]:
         return {"type": "SGD", "params": {**shared, "momentum": optimizer.sgd_momentum}}
     betas = [optimizer.adam_beta1, optimizer.adam_beta2]
     # torch's own fused AdamW: DeepSpeed's would be compiled at the first start.
-    params = {**shared, "betas": betas, "eps": optimizer.adam_eps, "torch_adam": True, "fused": True}
-    return {"type": "AdamW", "params": params}
+    params: dict[str, Any] = {**shared, "betas": betas, "eps": optimizer.adam_eps, "adam_w_mode": True}
+    return {"type": "AdamW", "params": {**params, "torch_adam": True, "fused": True}}
 
 
-def _merge(settings: dict[str, Any], user: Mapping[str, Any], config: RunConfig) -> Iterator[str]:
+def _merge(settings: dict[str, Any], user: Mapping[str, Any]) -> Iterator[str]:
     """Write the user's values into the settings; yield a sentence for each that must not be there."""
     known = set(settings) | FREE | {key for key in REFUSED if "." not in key}
     for key in user:
@@ -239,28 +229,15 @@ def _merge(settings: dict[str, Any], user: Mapping[str, Any], config: RunConfig)
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
             advice = f"; did you mean {' or '.join(near)}?" if near else ""
             yield f"--deepspeed_config: DeepSpeed has no top-level key '{key}' and would ignore it{advice}"
-    yield from _check_optimizer(user.get("optimizer"), config)
     for path, value in _leaves(user, ()):
         problem = _refusal(path) or _contradiction(path, value, settings)
         if problem:
             yield problem
-        elif value != "auto" and path[0] in known:
+        elif value != "auto" and path[0] in known and ".".join(path) not in OWNED:
             _write(settings, path, value)
     params = settings["optimizer"]["params"]
     if params.get("torch_adam") is False:
         params.pop("fused", None)  # an argument of torch's optimizer alone
-
-
-def _check_optimizer(user: Any, config: RunConfig) -> Iterator[str]:
-    name = user.get("type") if isinstance(user, Mapping) else None
-    ours = config.optimizer.optimizer
-    if name is None or name == "auto" or name.lower() in (allowed.lower() for allowed in OPTIMIZERS[ours]):
-        return
-    every = ", ".join(allowed for names in OPTIMIZERS.values() for allowed in names)
-    yield (
-        f"--deepspeed_config says optimizer.type {name!r}, but --optimizer is {ours!r} "
-        f"({' or '.join(OPTIMIZERS[ours])}): make them agree; this framework drives {every}"
-    )
 
 
 def _leaves(values: Mapping[str, Any], prefix: Path) -> Iterator[tuple[Path, Any]]:
@@ -298,21 +275,20 @@ def _contradiction(path: Path, value: Any, settings: Mapping[str, Any]) -> str |
     if value == "auto" or (name not in OWNED and name not in FIXED):
         return None
     ours = _read(settings, path)
-    if name == "zero_optimization.offload_optimizer.device":
-        ours = ours or "none"
-    if _plain(value) == _plain(ours):
-        return None
+    try:
+        if value == ours or _mean_the_same(name, value, ours):
+            return None
+    except ValueError as error:
+        return f"--deepspeed_config says {name} = {value!r}, which should be {error}"
     if name in FIXED:
         return f"--deepspeed_config says {name} = {value!r}, but it must be {ours!r}: {FIXED[name]}; remove it"
     return f"--deepspeed_config says {name} = {value!r}, but {OWNED[name]} makes it {ours!r}: change one of them"
 
 
-def _plain(value: Any) -> Any:
-    """Make values comparable that DeepSpeed reads as the same."""
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    names = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-    return names.get(value, value) if isinstance(value, str) else value
+def _mean_the_same(name: str, value: Any, ours: Any) -> bool:
+    """Whether two spellings of a value ("Adam" and "AdamW", "fp32" and "float32") set the flags alike."""
+    readers = [key.read for key in KEYS if key.path == name]
+    return bool(readers) and all(read(value) == read(ours) for read in readers)
 
 
 def _read(settings: Mapping[str, Any], path: Path) -> Any:
