@@ -150,7 +150,8 @@ def metavar(flag: Flag) -> str:
 def describe(flag: Flag) -> str:
     """Say what a flag is, its legal values, and its default or how that is derived."""
     limits = f"; {flag.info.range}" if flag.info.range else ""
-    return f"{flag.info.help}{limits} ({default_text(flag)})"
+    default = "" if "(default: " in flag.info.help else f" ({default_text(flag)})"
+    return f"{flag.info.help}{limits}{default}"
 
 
 def default_text(flag: Flag) -> str:
