@@ -29,17 +29,16 @@ def apply_rotary(
     Returns:
         [s, b, n, d] in x's dtype.
     """
+    rotated_size = 2 * cos_pr.shape[-1]
+    if rotated_size < x_sbnd.shape[-1]:
+        rotated, rest = x_sbnd.split([rotated_size, x_sbnd.shape[-1] - rotated_size], dim=-1)
+        rotated = apply_rotary(rotated, cos_pr, sin_pr, interleaved=interleaved, position_ids_bs=position_ids_bs)
+        return torch.cat((rotated, rest), dim=-1)
     if position_ids_bs is None:
         cos, sin = (table[: x_sbnd.shape[0], None, None, :] for table in (cos_pr, sin_pr))
     else:
         cos, sin = (table[position_ids_bs.t()].unsqueeze(2) for table in (cos_pr, sin_pr))
-    rotated_size = 2 * cos_pr.shape[-1]
-    rotated, rest = x_sbnd.split([rotated_size, x_sbnd.shape[-1] - rotated_size], dim=-1)
-    if interleaved:
-        first, second = rotated[..., 0::2], rotated[..., 1::2]
-    else:
-        first, second = rotated.chunk(2, dim=-1)
+    first, second = x_sbnd.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x_sbnd.chunk(2, dim=-1)
     pair = (first * cos - second * sin, second * cos + first * sin)
     rotated = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
-    rotated = rotated.to(x_sbnd.dtype)
-    return rotated if rest.shape[-1] == 0 else torch.cat((rotated, rest), dim=-1)
+    return rotated.to(x_sbnd.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron.config.model import ModelConfig
+from megatron.kernels.constant import cached_constant
 from megatron.kernels.rotary import apply_rotary
 
 
@@ -60,14 +60,13 @@ class Rotary:
         return apply_rotary(x_sbnd, cos, sin, interleaved=self.interleaved, position_ids_bs=position_ids_bs)
 
 
-@functools.lru_cache(maxsize=16)
+@cached_constant(maxsize=16)
 def rotary_tables(rotary: Rotary, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Make cosine and sine of position x frequency, fp32 [length, rotated_size / 2]; a cast would round buffers."""
-    with torch.inference_mode(False):  # tables made while generating must serve a later backward
-        positions = torch.arange(length, dtype=torch.float32)
-        angles = torch.outer(positions, frequencies(rotary))
-        scale = rotary.attention_factor
-        return (angles.cos() * scale).to(device), (angles.sin() * scale).to(device)
+    positions = torch.arange(length, dtype=torch.float32, device="cpu")
+    angles = torch.outer(positions, frequencies(rotary))
+    scale = rotary.attention_factor
+    return (angles.cos() * scale).to(device), (angles.sin() * scale).to(device)
 
 
 def frequencies(rotary: Rotary) -> Tensor:
@@ -77,7 +76,7 @@ def frequencies(rotary: Rotary) -> Tensor:
     if rotary.scaling_type == "ntk":
         # "NTK-aware": the base grows so that the slowest pair alone is stretched by the whole factor.
         base *= factor ** (size / (size - 2))
-    plain = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    plain = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)
     if rotary.scaling_type == "linear":
         return plain / factor
     if rotary.scaling_type == "yarn":
@@ -97,7 +96,7 @@ def _yarn(plain: Tensor, rotary: Rotary) -> Tensor:
 
     first = max(math.floor(pair_with_turns(rotary.beta_fast)), 0)
     last = min(math.ceil(pair_with_turns(rotary.beta_slow)), rotary.rotated_size - 1)
-    pairs = torch.arange(len(plain), dtype=torch.float32)
+    pairs = torch.arange(len(plain), dtype=torch.float32, device="cpu")
     stretched_share = ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
     return plain * (1 - stretched_share) + plain / rotary.scaling_factor * stretched_share
 

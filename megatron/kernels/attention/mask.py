@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
+from megatron.kernels.constant import cached_constant
 
-@functools.lru_cache(maxsize=8)
+
+@cached_constant(maxsize=8)
 def causal_mask(query_length: int, key_length: int, device: torch.device) -> Tensor:
     """Make a bool mask [s, s'], aligned to the bottom right: query i sees keys 0 .. s' - s + i.
 
     Made on the host, moved once, kept for the few lengths that a run uses.
     """
-    with torch.inference_mode(False):  # a mask made while generating must serve a later backward
-        mask = torch.ones(query_length, key_length, dtype=torch.bool).tril_(key_length - query_length)
-        return mask.to(device)
+    mask = torch.ones(query_length, key_length, dtype=torch.bool, device="cpu").tril_(key_length - query_length)
+    return mask.to(device)
 
 
 def combine_masks(query: Tensor, key: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor | None:

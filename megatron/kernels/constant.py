@@ -1,0 +1,32 @@
+"""Tensors that follow from plain values alone: made once, shared by all layers, constants to `torch.compile`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def cached_constant(maxsize: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a function of hashable values that makes tensors for reading; keep its last `maxsize` results."""
+
+    def decorate(make: Callable[P, T]) -> Callable[P, T]:
+        @functools.lru_cache(maxsize=maxsize)
+        def cached(*args: P.args, **kwargs: P.kwargs) -> T:
+            with torch.inference_mode(False):  # made while generating, it must serve a later backward
+                return make(*args, **kwargs)
+
+        # The compiler would look through lru_cache and make the tensor again in every call of every layer.
+        @torch.compiler.assume_constant_result
+        @functools.wraps(make)
+        def look_up(*args: P.args, **kwargs: P.kwargs) -> T:
+            return cached(*args, **kwargs)  # type: ignore[arg-type]
+
+        return look_up
+
+    return decorate
