@@ -1,0 +1,165 @@
+"""A process finds its rank under any launcher, and says what is wrong with its environment."""
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import pytest
+
+from megatron.engine.launch import LaunchError, RankEnvironment, first_host, quiet_stdout, read_environment
+from tests.ranks import run_on_ranks
+
+SRUN = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "12345"}
+BARE_SRUN = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+
+
+def at(address, port):
+    return {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"} | at("h", 7), (3, 1, 4, "h", 7)),
+        ({"RANK": "0", "WORLD_SIZE": "1"} | at("h", 7), (0, 0, 1, "h", 7)),
+        (SRUN | {"SLURM_JOB_NODELIST": "gpu[007-009],x"}, (5, 1, 8, "gpu007", 22345)),
+        (SRUN | {"SLURM_JOB_NODELIST": "a,b"} | at("h", 7), (5, 1, 8, "h", 7)),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_NODELIST": "b1"}, (5, 1, 6, "b1", 22345)),
+        (BARE_SRUN | {"SLURM_NODELIST": "n[3,5]"}, (0, 0, 2, "n3", 29500)),
+        (SRUN | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"} | at("h", 7), (1, 1, 2, "h", 7)),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (1, 1, 2, "127.0.0.1", 29500)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "PALS_LOCAL_RANKID": "0"} | at("h", 7), (1, 0, 2, "h", 7)),
+    ],
+)
+def test_each_launcher_is_understood(variables, expected):
+    environment = read_environment(variables)
+    found = (
+        environment.rank,
+        environment.local_rank,
+        environment.world_size,
+        environment.master_address,
+        environment.master_port,
+    )
+    assert found == expected
+
+
+def test_without_a_launcher_the_run_is_one_process_on_a_free_port():
+    environment = read_environment({})
+    assert (environment.rank, environment.local_rank, environment.world_size) == (0, 0, 1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", environment.master_port))
+
+
+@pytest.mark.parametrize(
+    ("variables", "parts"),
+    [
+        ({"WORLD_SIZE": "4"}, ("WORLD_SIZE=4", "RANK is not", "torchrun")),
+        ({"RANK": "0"}, ("RANK=0", "WORLD_SIZE is not")),
+        ({"RANK": "4", "WORLD_SIZE": "4", "LOCAL_RANK": "0"} | at("h", 7), ("RANK=4", "WORLD_SIZE=4")),
+        ({"RANK": "1", "WORLD_SIZE": "4"} | at("h", 7), ("LOCAL_RANK is not set",)),
+        ({"RANK": "x", "WORLD_SIZE": "4"}, ("RANK='x'", "whole number")),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, ("MASTER_ADDR is not set",)),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, ("MASTER_ADDR is not set", "mpirun -x")),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, ("SLURM_NTASKS=8", "srun")),
+    ],
+)
+def test_a_wrong_environment_is_named_with_the_way_out(variables, parts):
+    with pytest.raises(LaunchError) as caught:
+        read_environment(variables)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [("a", "a"), ("a,b", "a"), ("n[01-04]", "n01"), ("n[7,9-11]-ib,x", "n7-ib"), ("cab-12,cab-13", "cab-12")],
+)
+def test_the_first_host_of_a_node_list(nodelist, host):
+    assert first_host(nodelist) == host
+
+
+def test_what_is_printed_becomes_debug_records(capsys, caplog):
+    with caplog.at_level(logging.DEBUG, "megatron.engine.launch"), quiet_stdout():
+        print("noise")
+    assert capsys.readouterr().out == ""
+    assert caplog.messages == ["deepspeed: noise"]
+
+
+def start_and_stop(times):
+    import torch
+    import torch.distributed as dist
+
+    from megatron.engine import launch
+
+    sums = []
+    for _ in range(times):
+        device = launch.start(launch.read_environment(), timedelta(seconds=60))
+        total = torch.tensor(float(dist.get_rank() + 1))
+        dist.all_reduce(total)
+        sums.append((str(device), dist.get_backend(), total.item()))
+        launch.stop()
+    launch.stop()
+    return sums, dist.is_initialized()
+
+
+@pytest.mark.parametrize(("size", "times", "total"), [(2, 1, 3.0), (1, 2, 1.0)])
+def test_start_joins_the_others_and_stop_leaves_so_that_it_can_start_again(size, times, total):
+    expected = [("cpu", "gloo", total)] * times, False
+    assert run_on_ranks(size, start_and_stop, times, initialize=False, deepspeed=True) == [expected] * size
+
+
+def find_nobody():
+    from megatron.engine import launch
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environment = RankEnvironment(
+            rank=0, local_rank=0, world_size=2, master_address="127.0.0.1", master_port=port, launcher="x"
+        )
+        with pytest.raises(LaunchError) as caught:
+            launch.start(environment, timedelta(seconds=2))
+    return str(caught.value)
+
+
+def test_a_taken_port_is_an_error_that_names_address_and_rank():
+    (message,) = run_on_ranks(1, find_nobody, initialize=False, deepspeed=True)
+    assert "rank 0 of 2" in message
+    assert "127.0.0.1:" in message
+
+
+def warn_of_lock(folder):
+    from megatron.engine import launch
+
+    os.environ["TORCH_EXTENSIONS_DIR"] = folder
+    records = []
+    launch.log.addHandler(handler := logging.Handler())
+    handler.emit = records.append
+    launch.start(launch.read_environment(), timedelta(seconds=60))
+    return [record.getMessage() for record in records if record.levelno == logging.WARNING]
+
+
+def test_the_lock_of_a_killed_build_is_named(tmp_path):
+    for name, age in (("old_op", 3600), ("new_op", 1)):
+        lock = tmp_path / name / "lock"
+        lock.parent.mkdir()
+        lock.touch()
+        os.utime(lock, (time.time() - age,) * 2)
+    ((message,),) = run_on_ranks(1, warn_of_lock, str(tmp_path), initialize=False, deepspeed=True)
+    assert str(tmp_path / "old_op" / "lock") in message
+
+
+def test_the_program_prints_nothing_of_deepspeed_on_its_output(tmp_path):
+    code = (
+        "from datetime import timedelta; from megatron.engine import launch; "
+        "launch.start(launch.read_environment(), timedelta(seconds=60)); launch.stop()"
+    )
+    variables = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    variables |= {"TORCH_EXTENSIONS_DIR": str(tmp_path), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout == ""
