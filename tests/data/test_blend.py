@@ -50,6 +50,12 @@ def test_no_dataset_is_a_sample_ahead_of_its_share_nor_two_behind(shares, num_sa
     assert error.min() > -2
 
 
+def test_order_is_the_one_that_megatron_core_prints():
+    """`build_blending_indices` of megatron-core 0.16.1."""
+    dataset, _ = build_blend_indices([0.5, 0.3, 0.2], 20)
+    assert dataset.tolist() == [0, 1, 2, 0, 1, 0, 2, 0, 1, 0, 0, 1, 2, 0, 1, 0, 2, 0, 1, 0]
+
+
 def test_more_datasets_than_a_byte_counts():
     shares = normalised([1.0 + (i % 7) for i in range(1000)])
     dataset, number = build_blend_indices(shares, 20000)
