@@ -20,7 +20,7 @@ test:  ## run the test suite on the CPU
 checks:  ## style, types, floors, shell scripts, generated documents
 	@$(environment) --checks tools/checks.sh
 
-docs:  ## write docs/flags.md anew from the config sections
+docs:  ## write docs/flags.md and the list of flags anew
 	@$(environment) tools/checks.sh --write-docs
 
 clean:  ## remove what the quickstart made (not .venv)

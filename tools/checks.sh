@@ -19,7 +19,7 @@ check() { # NAME COMMAND...
 }
 
 if [ "${1:-}" = --write-docs ]; then
-    exec "$python" tools/write_flags_page.py
+    exec "$python" tools/generate_flag_reference.py
 fi
 mapfile -t scripts < <(git ls-files --cached --others --exclude-standard '*.sh' .ci/run)
 check "style" "$bin/ruff" check .
@@ -27,7 +27,7 @@ check "format" "$bin/ruff" format --check .
 check "types" "$bin/mypy"
 check "floors" "$bin/lint-imports"
 check "shell scripts" "$bin/shellcheck" "${scripts[@]}"
-check "docs/flags.md is current" "$python" tools/write_flags_page.py --check
+check "generated documents" "$python" tools/generate_flag_reference.py --check
 if [ "${#failed[@]}" -gt 0 ]; then
     echo "${#failed[@]} of the checks failed; ruff's are mended by: ruff check --fix . && ruff format ."
     exit 1
