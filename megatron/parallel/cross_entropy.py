@@ -82,6 +82,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             softmax = _exp_shifted(rows[chunk, : ctx.num_tokens], log_sum[chunk])
             softmax.scatter_add_(1, columns[chunk].unsqueeze(1), minus_label[chunk])
             torch.mul(softmax, scale[chunk], out=grad[chunk, : ctx.num_tokens])  # casts as it writes
+            del softmax  # else it lives while the next one is made
         return grad.view_as(logits), None, None, None
 
 
