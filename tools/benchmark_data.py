@@ -33,6 +33,7 @@ from megatron.data.meta import index_path, tokens_path
 
 TOKEN_TYPE = np.dtype("<u2")
 SEED = 1234
+BLEND = (0.4, 0.3, 0.15, 0.1, 0.05)
 Result = TypeVar("Result")
 
 
@@ -65,10 +66,13 @@ def write_file(prefix: Path, documents: int, mean_length: int) -> int:
     return int(ends[-1])
 
 
-def timed(function: Callable[[], Result]) -> tuple[Result, float]:
-    """Call a function: its result and the seconds it took."""
-    start = time.perf_counter()
-    return function(), time.perf_counter() - start
+def measure(what: str, function: Callable[[], Result]) -> Result:
+    """Call a function and print what it took: on a busy machine the processor's seconds say more than the clock's."""
+    clock, processor = time.perf_counter(), time.process_time()
+    result = function()
+    clock, processor = time.perf_counter() - clock, time.process_time() - processor
+    show(what, f"{clock:.2f} s, of processor {processor:.2f} s")
+    return result
 
 
 def megabytes(folder: Path) -> float:
@@ -77,18 +81,19 @@ def megabytes(folder: Path) -> float:
 
 
 def samples_per_second(dataset: GPTDataset, options: argparse.Namespace, num_workers: int) -> float:
-    """Load batches and divide; the first batch, for which workers start, is not counted."""
+    """Load the same batches as every call; the first of them, for which workers start, is not timed."""
     loader = build_loader(
         dataset, micro_batch_size=options.micro_batch_size, data_rank=0, data_size=1, num_workers=num_workers
     )
     next(loader)
-    _, seconds = timed(lambda: list(islice(loader, options.batches)))
-    return options.batches * options.micro_batch_size / seconds
+    start = time.perf_counter()
+    num_samples = sum(len(batch.tokens) for batch in islice(loader, options.batches))
+    return num_samples / (time.perf_counter() - start)
 
 
 def show(what: str, value: str) -> None:
     """Print one line of the table."""
-    print(f"{what:<52}{value:>24}", flush=True)
+    print(f"{what:<44}{value:>36}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,8 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         num_samples = max(1, int(options.epochs * (num_tokens - 1) / options.seq_length))
         show("documents, tokens", f"{options.documents:,}, {num_tokens:,}")
         show("samples of --seq-length tokens", f"{num_samples:,} of {options.seq_length}")
-        indexed, seconds = timed(lambda: IndexedDataset(prefix))
-        show("open and check the pair", f"{seconds:.2f} s")
+        indexed = measure("open and check the pair", lambda: IndexedDataset(prefix))
 
         def open_dataset() -> GPTDataset:
             documents = range(len(indexed))
@@ -109,17 +113,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 indexed, documents, seq_length=options.seq_length, num_samples=num_samples, seed=SEED, cache=cache
             )
 
-        dataset, seconds = timed(open_dataset)
-        show("build and save the indices", f"{seconds:.2f} s")
+        dataset = measure("build and save the indices", open_dataset)
         show("indices on disk", f"{megabytes(cache.folder):.0f} MB")
         show("peak memory of this process so far", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB")
-        show("load the indices again", f"{timed(open_dataset)[1] * 1e3:.1f} ms")
+        measure("load the indices again", open_dataset)
+        show("loader, tokens not yet in memory", f"{samples_per_second(dataset, options, 0):,.0f} samples/s")
         for num_workers in options.workers:
             rate = samples_per_second(dataset, options, num_workers)
-            show(f"loader, {num_workers} workers", f"{rate:,.0f} samples/s")
-            show("", f"{rate * options.seq_length / 1e6:,.1f} M tokens/s")
-        _, seconds = timed(lambda: build_blend_indices([0.4, 0.3, 0.15, 0.1, 0.05], 10_000_000))
-        show("order of a blend of 5, 10 million samples", f"{seconds:.2f} s")
+            tokens_rate = rate * options.seq_length / 1e6
+            show(f"loader, {num_workers} workers", f"{rate:,.0f} samples/s, {tokens_rate:,.1f} M tokens/s")
+        measure("order of 10 million samples of a blend", lambda: build_blend_indices(BLEND, 10_000_000))
 
 
 if __name__ == "__main__":
