@@ -332,12 +332,12 @@ def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, attention
     size = sum(parameter.numel() for parameter in model.parameters())
     training = config.training
     yield (
-        f" {size / 1e6:.1f} M parameters, {training.precision}, ZeRO-{config.engine.zero_stage}, "
+        f" {size:,} parameters, {training.precision}, ZeRO-{config.engine.zero_stage}, "
         f"{place.groups.world.size} x {place.device.type}, torch {torch.__version__}"
     )
     yield f" attention: {attention}"
     if plan.total_samples is not None:
         yield (
             f" training: {plan.total_iterations} iterations of {training.global_batch_size} x {config.data.seq_length} "
-            f"tokens, {plan.total_samples * config.data.seq_length / 1e6:.1f} M in all"
+            f"tokens, {plan.total_samples * config.data.seq_length:,} tokens in all"
         )

@@ -39,7 +39,7 @@ def speed_parts(record: Record) -> list[str]:
     mfu = record["mfu"]
     return [
         f"tokens/s: {record['tokens_per_second']:.0f}",
-        f"TFLOP/s/GPU: {record['model_tflops']:.2f} model, {record['hardware_tflops']:.2f} hardware",
+        f"TFLOP/s/GPU: {record['model_tflops']:.4g} model, {record['hardware_tflops']:.4g} hardware",
         f"MFU: {'unknown' if mfu is None else f'{mfu:.1%}'}",
     ]
 
