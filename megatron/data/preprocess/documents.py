@@ -176,9 +176,9 @@ def open_parquet(path: str | Path) -> ParquetFile:
 def parse_json_line(raw: bytes, keys: tuple[str, ...], line: int) -> Document | Malformed:
     """Take the texts of `keys` out of one line that holds a JSON object."""
     try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return Malformed(line, "not UTF-8", _excerpt(raw))
+        text = _without_end(raw).decode("utf-8")
+    except UnicodeDecodeError as error:
+        return Malformed(line, f"not UTF-8 (byte 0x{raw[error.start]:02x})", _excerpt(raw))
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,13 +57,13 @@ def encode_shard(settings: EncodingSettings, tokenizer: Tokenizer, shard: Shard)
         DataError: a file cannot be read.
     """
     dtype = smallest_token_type(tokenizer.vocab_size)
+    errors = settings.folder.errors(shard.number)
     with ExitStack() as stack:
         writers = [
             stack.enter_context(IndexedDatasetWriter(settings.folder.part(shard.number, key), dtype))
             for key in settings.rules.keys
         ]
-        errors = stack.enter_context(atomic_writer(settings.folder.errors(shard.number)))
-        part = _Part(settings, tokenizer, writers, errors)
+        part = _Part(settings, tokenizer, writers, lambda: stack.enter_context(atomic_writer(errors)))
         for piece in shard.pieces:
             part.add_piece(piece)
     record = PartRecord(
@@ -88,11 +88,12 @@ class _Part:
     settings: EncodingSettings
     tokenizer: Tokenizer
     writers: list[IndexedDatasetWriter]
-    errors: BinaryIO
+    open_errors: Callable[[], BinaryIO]
     lines: int = 0
     malformed: int = 0
     empty: int = 0
     _batch: list[Document] = field(default_factory=list)
+    _errors: BinaryIO | None = None
 
     def add_piece(self, piece: Piece) -> None:
         reader = PieceReader(piece, self.settings.rules)
@@ -115,7 +116,8 @@ class _Part:
             raise MalformedInputError(malformed_sentence(piece.path, line, malformed.reason))
         self.malformed += 1
         entry = {"file": piece.path, "line": malformed.line, "reason": malformed.reason, "begins": malformed.excerpt}
-        self.errors.write((json.dumps(entry) + "\n").encode())
+        self._errors = self._errors or self.open_errors()
+        self._errors.write((json.dumps(entry) + "\n").encode())
 
     def _write_batch(self, piece: Piece) -> None:
         batch, self._batch = self._batch, []

@@ -3,7 +3,7 @@
 plan.json                 what the parts were made from; another plan does not take them over
 lock                      held while a run works here
 00000000.<key>.bin/.idx   the documents of shard 0, for each key
-00000000.errors.jsonl     its malformed lines
+00000000.errors.jsonl     its malformed lines, where there are any
 00000000.json             its record, written last: the part is complete
 00000000.input            unpacked content of a compressed input, until its part is complete
 """

@@ -216,8 +216,9 @@ def _all_errors(folder: PartFolder, records: list[PartRecord]) -> Iterator[dict[
     for number, record in enumerate(records):
         if record.first_start == 0:
             lines_before_shard = 0
-        with folder.errors(number).open("rb") as file:
-            for raw in file:
-                entry = json.loads(raw)
-                yield entry | {"line": entry["line"] + lines_before_shard}
+        if record.malformed:
+            with folder.errors(number).open("rb") as file:
+                for raw in file:
+                    entry = json.loads(raw)
+                    yield entry | {"line": entry["line"] + lines_before_shard}
         lines_before_shard += record.lines

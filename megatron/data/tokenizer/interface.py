@@ -10,7 +10,7 @@ class Tokenizer(Protocol):
     """Text to token ids and back.
 
     `encode` adds no token of its own (no begin, no end) and takes every text that is valid Unicode; who wants an end
-    of document appends `eod_id`. Both encoders run on one thread: more cores are used by more processes.
+    of document appends `eod_id`.
 
     Attributes:
         name: the value of `--tokenizer-type` that builds it.
@@ -36,7 +36,7 @@ class Tokenizer(Protocol):
         """See the class."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Raises `ValueError` for a text that has none (`NullTokenizer` and words, a lone surrogate)."""
+        """Ids of a text. Raises `ValueError` for a text that has none (words given to `NullTokenizer`)."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`[encode(text) for text in texts]`, faster."""
