@@ -64,10 +64,10 @@ def test_more_datasets_than_a_byte_counts():
 
 
 def test_ten_million_samples_take_seconds():
-    start = time.perf_counter()
+    start = time.process_time()
     dataset, _ = build_blend_indices(normalised([5, 3, 1.5, 0.7, 0.1]), 10_000_000)
     assert len(dataset) == 10_000_000
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 30
 
 
 @pytest.mark.parametrize(
