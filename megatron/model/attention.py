@@ -63,9 +63,8 @@ class Attention(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query_sbnd, key_sbkd = self.query_norm(query_sbnd), self.key_norm(key_sbkd)
         if self.rotary is not None:
-            query_sbnd, key_sbkd = (
-                self.rotary(x, context.offset, context.position_ids) for x in (query_sbnd, key_sbkd)
-            )
+            query_sbnd = self.rotary(query_sbnd, context.offset, context.position_ids)
+            key_sbkd = self.rotary(key_sbkd, context.offset, context.position_ids)
         if context.cache is not None:
             key_sbkd, value_sbkd = context.cache.append(self.layer, key_sbkd, value_sbkd)
         dropout = self.dropout if self.training else 0.0
