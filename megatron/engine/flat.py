@@ -268,7 +268,7 @@ def _describe_layout(settings: Mapping[str, Any], data_parallel_size: int) -> di
         "--zero-stage": zero["stage"],
         "--precision": next((name for name in ("bf16", "fp16") if settings[name]["enabled"]), "fp32"),
         "gradients summed in": settings["data_types"]["grad_accum_dtype"],
-        "--cpu-optimizer": zero.get("offload_optimizer", {}).get("device") == "cpu",
+        "--cpu-optimizer": (zero.get("offload_optimizer") or {}).get("device") == "cpu",
         "--optimizer": settings["optimizer"]["type"],
     }
 

@@ -91,7 +91,10 @@ class Engine(Protocol):
         ...
 
     def load(self, directory: Path) -> None:
-        """Continue from what `save` wrote, bit for bit. Every rank calls it; the layout must be the one that saved.
+        """Continue from what `save` wrote, bit for bit; called before the first step of a new engine.
+
+        Every rank calls it, in the layout that saved. What the settings say (betas, clipping, the loss scale's rules)
+        holds as of this engine; the checkpoint brings weights, optimizer state and the current loss scale.
 
         Raises:
             CheckpointError: a file is missing, damaged, or of another layout.

@@ -13,7 +13,8 @@ from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.sections import RunConfig
 from megatron.config.training import TrainingConfig
-from megatron.engine.settings import FIXED, OWNED, build_settings
+from megatron.engine.settings import build_settings
+from megatron.engine.user_settings import FIXED, OWNED
 
 
 def make_config(stage=1, cpu_optimizer=False, optimizer="adam", clip_grad=1.0, **training):
@@ -167,7 +168,37 @@ def test_each_contradiction_names_both_values_and_the_flag():
 def test_an_unknown_key_is_refused_with_the_nearest_names():
     (message,) = sentences({"zero_optimisation": {"stage": 3}})
     assert "'zero_optimisation'" in message
-    assert "did you mean zero_optimization" in message
+    assert "did you mean zero_optimization?" in message
+
+
+@pytest.mark.parametrize(
+    ("user", "name", "advice"),
+    [
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "data_types.grad_acum_dtype", "grad_accum_dtype"),
+        ({"optimizer": {"params": {"beta": 0.9}}}, "optimizer.params.beta", "betas"),
+        ({"optimizer": {"kind": "AdamW"}}, "optimizer.kind", ""),
+    ],
+)
+def test_an_unknown_key_inside_a_dictionary_that_deepspeed_does_not_check_is_refused(user, name, advice):
+    (message,) = sentences(user)
+    assert f"'{name}'" in message
+    assert advice in message
+
+
+@pytest.mark.parametrize(
+    ("user", "part"),
+    [
+        ({"bf16": True}, "'bf16' is True but must be a dictionary"),
+        ({"gradient_clipping": {"value": 1.0}}, "'gradient_clipping' must be a value"),
+    ],
+)
+def test_a_dictionary_in_place_of_a_value_or_the_reverse_is_refused(user, part):
+    (message,) = sentences(user)
+    assert part in message
+
+
+def test_an_empty_dictionary_changes_nothing():
+    assert build({"bf16": {}, "zero_optimization": {}, "optimizer": {"params": {}}}) == build()
 
 
 @pytest.mark.parametrize(
