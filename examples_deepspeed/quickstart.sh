@@ -128,7 +128,7 @@ if [ -f "$data.idx" ] && [ -f "$data.meta.json" ]; then
     there "$data.idx"
 else
     "$python" tools/preprocess_data.py --input "$text" --output-prefix "${data%_text_document}" --append-eod \
-        --workers "$(nproc)" --tokenizer-type SentencePieceTokenizer --tokenizer-model "$tokenizer" | indented
+        --workers "$(nproc)" --tokenizer-type SentencePieceTokenizer --tokenizer-model "$tokenizer" 2>&1 | indented
     finished
 fi
 if [ "${QUICKSTART_ONLY:-}" = data ]; then

@@ -20,6 +20,7 @@ import os
 import sys
 import sysconfig
 import tokenize
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -55,9 +56,11 @@ def compiled_modules() -> Iterator[ModuleType]:
         if "test" in name:
             continue
         try:
-            yield importlib.import_module(name)
+            with warnings.catch_warnings(action="ignore"):  # some are deprecated; their docstrings are good
+                module = importlib.import_module(name)
         except ImportError:  # its shared library is not on this machine (tkinter, dbm)
             continue
+        yield module
 
 
 def docstrings_of(module: ModuleType) -> str:

@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron.config.errors import UserError, tell
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
+
+from megatron.config.errors import UserError
 from megatron.config.run import RunConfig
 from megatron.data.datasets import build_datasets
 from megatron.data.indexed import IndexedDataset
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return compare(arguments.load, arguments.metrics_file or arguments.load / "metrics.jsonl")
     except UserError as error:
-        tell(error)
+        print(f"unigram_loss: error: {error}", file=sys.stderr)
         return 2
 
 
@@ -81,7 +83,9 @@ def read_config(checkpoints: Path) -> RunConfig:
     """
     latest = checkpoints / "latest"
     if not latest.is_file():
-        raise ComparisonError(f"--load {checkpoints} holds no checkpoint (no file `latest`): name a run's --save folder.")
+        raise ComparisonError(
+            f"--load {checkpoints} holds no checkpoint (no file `latest`): name a run's --save folder."
+        )
     tag = latest.read_text(encoding="utf-8").strip()
     return RunConfig.from_json(json.loads((checkpoints / tag / "config.json").read_text(encoding="utf-8")))
 
