@@ -1,4 +1,4 @@
-"""Tensors that follow from plain values alone: made once, shared by all layers, constants to `torch.compile`."""
+"""What follows from plain values alone: made once, shared by all layers, a constant to `torch.compile`."""
 
 from __future__ import annotations
 

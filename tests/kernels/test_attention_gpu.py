@@ -12,9 +12,9 @@ LENGTH, BATCH, HEADS, SIZE = 256, 2, 8, 64
 MASKS = ["causal", "full", "documents"]
 
 
-def heads(query_length, kv_heads, dtype):
+def heads(query_length, kv_heads, dtype, size=SIZE):
     generator = torch.Generator("cuda").manual_seed(0)
-    shapes = [(query_length, BATCH, HEADS, SIZE), *[(LENGTH, BATCH, kv_heads, SIZE)] * 2]
+    shapes = [(query_length, BATCH, HEADS, size), *[(LENGTH, BATCH, kv_heads, size)] * 2]
     return [torch.randn(shape, device="cuda", generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
@@ -72,6 +72,23 @@ def test_half_precision_never_takes_the_unfused_kernel(kv_heads, dropout, masks)
     assert "math" not in kernels, kernels
     if torch.cuda.get_device_capability()[0] == sdpa.HOPPER:
         assert kernels == {"cudnn"}
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_wide_heads_never_take_the_unfused_kernel(kv_heads, masks):
+    kernels = kernels_of(sdpa.attend, heads(LENGTH, kv_heads, torch.bfloat16, size=256), **options(masks))
+    assert kernels == {"efficient" if masks == "documents" else "flash"}
+
+
+@pytest.mark.parametrize("kv_heads", [2, 8])
+@pytest.mark.parametrize("masks", [None, "padding"])
+def test_one_token_behind_a_cache_never_waits_for_a_plan_of_cudnn(masks, kv_heads):
+    mask = torch.arange(LENGTH, device="cuda").expand(BATCH, 1, 1, -1) != 3 if masks else None
+    tensors = heads(1, kv_heads, torch.bfloat16)
+    assert kernels_of(sdpa.attend, tensors, scale=0.1, causal=mask is None, mask=mask) == {
+        "efficient" if masks else "flash"
+    }
 
 
 @pytest.mark.parametrize("masks", MASKS)
