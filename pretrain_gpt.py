@@ -6,7 +6,7 @@ import sys
 
 from megatron.config.errors import UserError, tell
 from megatron.config.run import parse_run_config
-from megatron.engine.launch import read_environment
+from megatron.engine.launch import read_environment, stop
 
 
 def main() -> int:
@@ -19,7 +19,9 @@ def main() -> int:
 
         from megatron.training.build import build_trainer  # imports torch, which --help and errors do without
 
-        return build_trainer(config, environment).fit()
+        code = build_trainer(config, environment).fit()
+        stop()
+        return code
     except UserError as error:
         tell(error, rank)
         return 2

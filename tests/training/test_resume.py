@@ -1,0 +1,42 @@
+import pytest
+
+from megatron.engine.interface import CheckpointError
+from megatron.training.resume import check_fits, check_layout
+
+SAVED = {
+    "model": {"num_layers": 2, "hidden_size": 32, "hidden_dropout": 0.1},
+    "training": {"precision": "bf16", "train_iters": 10},
+    "engine": {"zero_stage": 1},
+    "optimizer": {"lr": 0.1, "optimizer": "adam"},
+    "reporting": {"log_interval": 1},
+}
+
+
+def changed(**changes):
+    return {section: values | changes.get(section, {}) for section, values in SAVED.items()}
+
+
+def test_same_config_fits_without_a_word():
+    assert check_fits(SAVED, SAVED) == []
+
+
+def test_all_differences_of_the_architecture_are_in_one_message():
+    other = changed(
+        model={"num_layers": 4, "hidden_size": 64}, training={"precision": "fp32"}, engine={"zero_stage": 3}
+    )
+    with pytest.raises(CheckpointError) as caught:
+        check_fits(SAVED, other)
+    for change in ("--num-layers 2 -> 4", "--hidden-size 32 -> 64", "--precision bf16 -> fp32", "--zero-stage 1 -> 3"):
+        assert change in str(caught.value)
+    assert "--lr" not in str(caught.value)
+
+
+def test_what_may_change_is_listed():
+    other = changed(optimizer={"lr": 0.2}, model={"hidden_dropout": 0.0}, reporting={"log_interval": 5})
+    assert check_fits(SAVED, other) == ["--hidden-dropout 0.1 -> 0.0", "--lr 0.1 -> 0.2"]
+
+
+def test_other_number_of_data_parallel_ranks_is_refused():
+    check_layout({"data_parallel_size": 2}, data_parallel_size=2)
+    with pytest.raises(CheckpointError, match="data-parallel size 2 and this run has 4.*start 2 ranks"):
+        check_layout({"data_parallel_size": 2}, data_parallel_size=4)
