@@ -84,11 +84,14 @@ def generate(
 
     Raises:
         GenerationError: a prompt is empty or too long for a learned position table, or a value is outside its range.
+        AttentionUnavailableError: the model's attention backend lacks what generation needs.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy)
     if max_new_tokens < 0:
         raise GenerationError(f"max_new_tokens {max_new_tokens} is negative; give the number of tokens to append")
     _check_prompts(model, prompts, max_new_tokens)
+    model.require("cache", True)
+    model.require("documents", len(set(map(len, prompts))) > 1)  # the mask that hides padding
     was_training = model.training
     model.eval()
     try:

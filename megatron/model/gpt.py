@@ -112,7 +112,8 @@ class GPT(nn.Module):
         Raises:
             AttentionUnavailableError: a mask or a cache is given and the attention backend does not honour it.
         """
-        self._check_backend(attention_mask, cache)
+        self.require("documents", attention_mask is not None)
+        self.require("cache", cache is not None)
         mask = None if attention_mask is None else and_causal(attention_mask)
         logits = self.run(tokens, Context(position_ids=position_ids, attention_mask=mask, cache=cache))
         if labels is None:
@@ -133,17 +134,21 @@ class GPT(nn.Module):
             context.cache.advance(tokens.shape[1])
         return logits
 
+    def require(self, feature: str, needed: bool) -> None:
+        """Check that the attention backend has a feature if it is needed.
+
+        Raises:
+            AttentionUnavailableError: it has not.
+        """
+        if needed and feature not in self.attention.features:
+            raise AttentionUnavailableError(
+                f"--attention-backend {self.attention.name} lacks {feature!r}: choose one that has it, or auto"
+            )
+
     def _parts(self) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
         """Take apart the stages before the blocks, the blocks, and those after."""
         stages = self.stages()
         return stages[:2], stages[2:-2], stages[-2:]
-
-    def _check_backend(self, attention_mask: Tensor | None, cache: KeyValueCache | None) -> None:
-        for feature, given in (("documents", attention_mask), ("cache", cache)):
-            if given is not None and feature not in self.attention.features:
-                raise AttentionUnavailableError(
-                    f"--attention-backend {self.attention.name} lacks {feature!r}: choose one that has it, or auto"
-                )
 
 
 def run_stages(stages: Sequence[nn.Module], x: Tensor, context: Context) -> Tensor:

@@ -1,10 +1,12 @@
 """Generated tokens are those of the model's distribution, and no prompt knows of its neighbours."""
 
 import collections
+import dataclasses
 
 import pytest
 import torch
 
+from megatron.kernels.attention.pick import AttentionUnavailableError
 from megatron.model.generation import GenerationError, Sampling, choose, generate
 from tests.model.tiny import LLAMA, VOCAB_SIZE, tiny_gpt
 
@@ -84,6 +86,14 @@ def test_training_goes_on_after_generating_in_inference_mode():
     with torch.inference_mode():
         generate(model, PROMPTS, max_new_tokens=2, greedy=True)
     model(torch.tensor([PROMPTS[2]]), labels=torch.tensor([PROMPTS[2]])).backward()
+
+
+@pytest.mark.parametrize(("prompts", "lacking"), [(PROMPTS, "documents"), (PROMPTS, "cache"), ([[1]], "cache")])
+def test_a_backend_that_lacks_what_generation_needs_is_refused(prompts, lacking):
+    model = tiny_gpt()
+    model.attention = dataclasses.replace(model.attention, features=model.attention.features - {lacking})
+    with pytest.raises(AttentionUnavailableError, match=f"sdpa lacks '{lacking}'"):
+        generate(model, prompts, max_new_tokens=2)
 
 
 def test_nothing_is_asked_for():
