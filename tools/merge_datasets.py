@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prefixes = find_prefixes(arguments.input)
         meta = merge_datasets(prefixes, arguments.output_prefix, overwrite=arguments.overwrite)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"merge_datasets: error: {error}", file=sys.stderr)
         return 2
     print(

@@ -116,10 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     from megatron.data.preprocess.run import preprocess
 
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers inherit it: one thread each
     started = time.monotonic()
     try:
         summary = preprocess(build_settings(arguments))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"preprocess_data: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

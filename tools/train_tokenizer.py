@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model_type=arguments.model_type,
             keep_one_in=max(round(megabytes / arguments.sample_megabytes), 1),
         )
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"train_tokenizer: error: {error}", file=sys.stderr)
         return 2
     print(

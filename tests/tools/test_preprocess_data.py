@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron.data.tokenizer.sentencepiece import SentencePieceTokenizer
 from tests.tokenizer_files import TEXTS
 from tests.tools.conftest import TOOLS
@@ -210,6 +210,17 @@ def test_run_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path, run_tool, 
     assert run.returncode == 0, run.stderr
     assert outputs(tmp_path, "out") == outputs(tmp_path, "whole")
     assert not (tmp_path / "out.parts").exists()
+
+
+def test_run_killed_while_it_joins_the_parts_leaves_nothing_behind(tmp_path, run_tool, flags):
+    write_jsonl(tmp_path / "a.jsonl")
+    command = ("preprocess_data.py", "--input", "a.jsonl", "--output-prefix", "out", *flags)
+    interrupt(tmp_path, command, "skip")
+    IndexedDatasetWriter(tmp_path / "out_text_document", np.uint16)  # it is killed while this is open
+    IndexedDatasetWriter(tmp_path / "other_text_document", np.uint16)
+    assert run_tool(*command).returncode == 0
+    assert not list(tmp_path.glob(".out*"))
+    assert len(list(tmp_path.glob(".other*"))) == 3
 
 
 def test_finished_parts_are_not_made_again(tmp_path, run_tool, flags):

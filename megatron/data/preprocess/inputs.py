@@ -43,7 +43,8 @@ def _ending(path: Path) -> str:
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
     """Find the input files, in the order given; those of a folder or a pattern are sorted.
 
-    A folder stands for the files below it with an ending that is known, hidden ones left out.
+    A folder stands for the files below it with an ending that is known, hidden ones left out. Neither a folder nor a
+    pattern stands for what the data tools themselves write (side files, lists of malformed lines, unfinished parts).
 
     Raises:
         MissingDataError: a file does not exist, or a folder or pattern holds no input.
@@ -67,12 +68,12 @@ def _find(pattern: str) -> list[Path]:
     if path.is_dir():
         known = JSONL_ENDINGS + PARQUET_ENDINGS + TEXT_ENDINGS
         files = (file for file in path.rglob("*") if _ending(file) in known and file.is_file())
-        inputs = sorted(file for file in files if not _is_hidden(file.relative_to(path)))
+        inputs = sorted(file for file in files if not _is_hidden(file.relative_to(path)) and not _is_own(file))
         if not inputs:
             raise MissingDataError(f"--input {pattern} is a folder without a file that ends in {' '.join(known)}.")
         return inputs
     matches = sorted(Path(match) for match in glob.glob(pattern, recursive=True))
-    inputs = [match for match in matches if match.is_file()]
+    inputs = [match for match in matches if match.is_file() and not _is_own(match)]
     if not inputs:
         raise MissingDataError(f"--input {pattern} does not exist: give files, folders or quoted patterns.")
     return inputs
@@ -80,6 +81,10 @@ def _find(pattern: str) -> list[Path]:
 
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
+
+
+def _is_own(path: Path) -> bool:
+    return path.name.endswith((".meta.json", ".errors.jsonl")) or path.parent.suffix == ".parts"
 
 
 @contextmanager

@@ -110,11 +110,12 @@ class PartFolder:
             yield
 
     def clear(self) -> None:
-        """Remove all parts, but neither the folder nor its lock."""
-        for file in self.path.iterdir():
+        """Remove all parts, but neither the folder nor its lock; the plan goes last, as it is the sign of a run."""
+        for file in sorted(self.path.iterdir(), key=lambda file: file.name == "plan.json"):
             if file.name != "lock":
                 file.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the folder."""
+        self.clear()
         shutil.rmtree(self.path, ignore_errors=True)

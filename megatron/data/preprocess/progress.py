@@ -42,11 +42,11 @@ class Progress:
         """Say the state in one line."""
         seconds = max(time.monotonic() - self._started, 1e-9)
         rate = (self._bytes - self._skipped) / seconds
-        left = (self._total - self._bytes) / rate if rate else 0.0
+        left = _clock((self._total - self._bytes) / rate) if rate else "unknown time"
         share = self._bytes / self._total if self._total else 1.0
         return (
             f"{self._bytes / 1e6:.1f} of {self._total / 1e6:.1f} MB ({share:.0%}), {self._tokens / 1e6:.2f} M tokens, "
-            f"{self._tokens / seconds:,.0f} tokens/s, {rate / 1e6:.2f} MB/s, {_clock(left)} left"
+            f"{self._tokens / seconds:,.0f} tokens/s, {rate / 1e6:.2f} MB/s, {left} left"
         )
 
     def __enter__(self) -> Progress:

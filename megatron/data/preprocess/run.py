@@ -5,6 +5,7 @@ The output is the same, byte for byte, for any number of workers, and however of
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterator
@@ -88,6 +89,7 @@ def preprocess(settings: PreprocessSettings) -> PreprocessSummary:
         if settings.overwrite:
             folder.clear()
         folder.start(_plan(settings, inputs, tokenizer, shard_bytes))
+        _clear_leftovers(Path(settings.output_prefix))
         planner = ShardPlanner(inputs, settings.rules, shard_bytes, folder.path, folder.is_done)
         num_shards = _encode_all(settings, folder, planner, total)
         summary = _join(settings, folder, num_shards, tokenizer, total)
@@ -105,6 +107,12 @@ def _refuse_finished(settings: PreprocessSettings, folder: PartFolder) -> None:
                 f"{index_path(settings.output(key))} is there already: replace it with --overwrite, or choose another "
                 "--output-prefix."
             )
+
+
+def _clear_leftovers(output_prefix: Path) -> None:
+    """Remove what a run has left that was killed while it wrote the outputs."""
+    for leftover in output_prefix.parent.glob(f".{glob.escape(output_prefix.name)}[_.]*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def _plan(settings: PreprocessSettings, inputs: list[Path], tokenizer: Tokenizer, shard_bytes: int) -> dict[str, Any]:

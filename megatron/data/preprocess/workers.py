@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import sys
 import traceback
@@ -117,15 +116,23 @@ def _how_it_died(exit_code: int | None) -> str:
 def _work(connection: Connection, start: Callable[[], Callable[[Any], Any]]) -> None:
     """Do tasks until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker
     try:
         function = start()
-        while True:
-            connection.send(("done", function(connection.recv())))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
+        for task in _tasks_from(connection):
+            connection.send(("done", function(task)))
+    except (BrokenPipeError, ConnectionResetError):
         return
-    except UserError as error:
+    except (UserError, OSError) as error:  # a full disk is told as the system tells it
         connection.send(("refused", str(error)))
     except Exception as error:
         traceback.print_exc(file=sys.stderr)
         connection.send(("failed", f"A worker failed ({type(error).__name__}: {error}): its trace is above."))
+
+
+def _tasks_from(connection: Connection) -> Iterator[Any]:
+    while True:
+        try:
+            task = connection.recv()
+        except EOFError:
+            return
+        yield task

@@ -19,21 +19,10 @@ class Tokenizer(Protocol):
         fingerprint: hex sha256 of the name, the end-of-document id and the content of the vocabulary.
     """
 
-    @property
-    def name(self) -> str:
-        """See the class."""
-
-    @property
-    def vocab_size(self) -> int:
-        """See the class."""
-
-    @property
-    def eod_id(self) -> int:
-        """See the class."""
-
-    @property
-    def fingerprint(self) -> str:
-        """See the class."""
+    name: str
+    vocab_size: int
+    eod_id: int
+    fingerprint: str
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises `ValueError` for a text that has none (words given to `NullTokenizer`)."""

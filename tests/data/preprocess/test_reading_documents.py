@@ -154,7 +154,18 @@ def test_kind_is_known_by_the_ending():
 
 def test_folders_and_patterns_are_sorted_and_files_keep_their_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("d/b.py", "d/a.py", "d/sub/c.jsonl.gz", "d/.git/x.py", "d/picture.png", "z.txt", "y.txt"):
+    for name in (
+        "d/b.py",
+        "d/a.py",
+        "d/sub/c.jsonl.gz",
+        "d/.git/x.py",
+        "d/picture.png",
+        "z.txt",
+        "y.txt",
+        "d/out_text_document.meta.json",
+        "d/out.errors.jsonl",
+        "d/out.parts/00000000.json",
+    ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
@@ -162,6 +173,7 @@ def test_folders_and_patterns_are_sorted_and_files_keep_their_order(tmp_path, mo
         "z.txt", "y.txt", "d/a.py", "d/b.py", "d/sub/c.jsonl.gz"
     ]  # fmt: skip
     assert list(map(str, find_inputs(["d/**/*.py"]))) == ["d/a.py", "d/b.py"]
+    assert list(map(str, find_inputs(["d/**/*.json*"]))) == ["d/sub/c.jsonl.gz"]
     with pytest.raises(UserError, match=r"names d/a\.py twice"):
         find_inputs(["d/a.py", "d"])
     for nothing in ("no.txt", "*.cpp"):

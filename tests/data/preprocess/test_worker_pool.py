@@ -19,6 +19,8 @@ def double(task):
         sys.exit(3)
     if task == "refuse":
         raise UserError("a sentence for the user")
+    if task == "disk":
+        raise OSError(28, "No space left on device")
     if task == "fail":
         raise RuntimeError("not foreseen")
     return (os.getpid(), 2 * task)
@@ -61,6 +63,7 @@ def test_tasks_are_taken_one_ahead_and_not_all_at_once():
         ("die", WorkerError, r"ended by SIGKILL \(out of memory\?\)"),
         ("leave", WorkerError, "ended with exit code 3"),
         ("refuse", UserError, "^a sentence for the user$"),
+        ("disk", UserError, r"^\[Errno 28\] No space left on device"),
         ("fail", WorkerError, r"A worker failed \(RuntimeError: not foreseen\)"),
     ],
 )
