@@ -202,7 +202,7 @@ def test_damaged_manifest_falls_back_to_the_checkpoint_before(tmp_path, content)
 def test_no_whole_checkpoint_is_an_error(tmp_path):
     save(tmp_path, 1)
     cut(tmp_path / "step_0000001" / "engine_0.pt")
-    with pytest.raises(CheckpointError, match="no checkpoint .* is whole"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint .* is whole"):
         find(tmp_path)
 
 

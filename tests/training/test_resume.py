@@ -38,5 +38,5 @@ def test_what_may_change_is_listed():
 
 def test_other_number_of_data_parallel_ranks_is_refused():
     check_layout({"data_parallel_size": 2}, data_parallel_size=2)
-    with pytest.raises(CheckpointError, match="data-parallel size 2 and this run has 4.*start 2 ranks"):
+    with pytest.raises(CheckpointError, match=r"data-parallel size 2 and this run has 4.*start 2 ranks"):
         check_layout({"data_parallel_size": 2}, data_parallel_size=4)
