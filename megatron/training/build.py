@@ -22,7 +22,6 @@ from megatron.data.gpt_dataset import SampleDataset
 from megatron.data.loader import build_loader
 from megatron.data.tokenizer.build import build_tokenizer
 from megatron.data.tokenizer.interface import Tokenizer
-from megatron.engine.flat import build_flat_engine
 from megatron.engine.interface import Engine
 from megatron.engine.launch import RankEnvironment, start
 from megatron.engine.settings import build_settings
@@ -303,6 +302,8 @@ def _held_out(
 
 
 def _build_engine(config: RunConfig, model: GPT, place: Place) -> Engine:
+    from megatron.engine.flat import build_flat_engine  # DeepSpeed prints when it is imported; `start` has, quietly
+
     file = config.engine.deepspeed_config
     settings = build_settings(
         config,
