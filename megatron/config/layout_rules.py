@@ -6,25 +6,58 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron.config.data import DataConfig
 from megatron.config.engine import EngineConfig
 from megatron.config.flags import spell
+from megatron.config.model import ModelConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.training import TrainingConfig
 
 AXES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "ds_sequence_parallel_size")
 
 
-def layouts_are_data_parallel_for_now(parallel: ParallelConfig) -> Iterator[str]:
-    """This version splits the batch over ranks and nothing else."""
-    for name in AXES:
-        size = getattr(parallel, name)
-        if size != 1:
+def layouts_have_one_stage_for_now(parallel: ParallelConfig) -> Iterator[str]:
+    """This version splits layers and batches over ranks, not the sequence of layers."""
+    if parallel.pipeline_model_parallel_size != 1:
+        yield (
+            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}: this version has no pipeline; "
+            f"leave it at 1; --tensor-model-parallel-size or --zero-stage 3 split a model that is too large."
+        )
+
+
+def layouts_have_whole_sequences_for_now(parallel: ParallelConfig) -> Iterator[str]:
+    """This version has no Ulysses."""
+    if parallel.ds_sequence_parallel_size != 1:
+        yield (
+            f"--ds-sequence-parallel-size {parallel.ds_sequence_parallel_size}: this version has no Ulysses; leave it "
+            f"at 1, and use --tensor-model-parallel-size with --sequence-parallel for long sequences."
+        )
+
+
+def tensor_ranks_divide_the_model(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+    """Each tensor rank holds as many heads, MLP channels and rows of the vocabulary."""
+    size = parallel.tensor_model_parallel_size
+    names = ["num_attention_heads", "num_key_value_heads", "ffn_hidden_size", "make_vocab_size_divisible_by"]
+    if model.num_key_value_heads == model.num_attention_heads:
+        names.remove("num_key_value_heads")  # the user gave one number
+    for name in names:
+        value = getattr(model, name)
+        if value % size:
             yield (
-                f"{spell(name)} {size}: this version has data parallelism only; leave it at 1, and use --zero-stage 3 "
-                f"for models that one device cannot hold."
+                f"{spell(name)} {value} is not a multiple of --tensor-model-parallel-size {size}: each tensor rank "
+                f"holds an equal part; change one of them."
             )
-    if parallel.sequence_parallel:
-        yield "--sequence-parallel: this version has no tensor parallelism, which it is a part of; drop the flag."
+
+
+def tensor_ranks_divide_the_sequence(parallel: ParallelConfig, data: DataConfig) -> Iterator[str]:
+    """Under sequence parallelism each tensor rank holds as many tokens."""
+    size = parallel.tensor_model_parallel_size
+    if parallel.sequence_parallel and data.seq_length % size:
+        yield (
+            f"--sequence-parallel with --seq-length {data.seq_length}, which is not a multiple of "
+            f"--tensor-model-parallel-size {size}: each tensor rank holds an equal shard of the sequence; use "
+            f"--seq-length {-(-data.seq_length // size) * size}, or drop --sequence-parallel."
+        )
 
 
 def axes_divide_the_world(parallel: ParallelConfig, world_size: int | None) -> Iterator[str]:

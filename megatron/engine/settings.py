@@ -40,6 +40,8 @@ def build_settings(
         problems = list(merge_user_settings(settings, user))
         if problems:
             raise ConfigError(problems)
+    # To DeepSpeed the Ulysses ranks are data-parallel ones (see `mpu.DeepSpeedGroups`), each with samples of its own.
+    settings["train_batch_size"] *= config.parallel.ds_sequence_parallel_size
     return settings
 
 

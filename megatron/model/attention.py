@@ -34,10 +34,18 @@ class Attention(nn.Module):
         group: the tensor group.
         backend: computes softmax(query key^T) value.
         rotary: rotates queries and keys by position, or nothing.
+        sequence_parallel: whether the hidden states are this rank's shard of the sequence.
     """
 
     def __init__(
-        self, config: ModelConfig, *, layer: int, group: Group, backend: AttentionBackend, rotary: Rotary | None
+        self,
+        config: ModelConfig,
+        *,
+        layer: int,
+        group: Group,
+        backend: AttentionBackend,
+        rotary: Rotary | None,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
@@ -50,15 +58,22 @@ class Attention(nn.Module):
         self.kv_heads = divide(kv_heads, group, "--num-key-value-heads")
         self.queries_per_group = heads // kv_heads
         qkv_size = kv_heads * (self.queries_per_group + 2) * self.head_size
-        self.qkv = ColumnParallelLinear(hidden, qkv_size, bias=config.add_qkv_bias, group=group)
+        self.qkv = ColumnParallelLinear(
+            hidden, qkv_size, bias=config.add_qkv_bias, group=group, sequence_parallel=sequence_parallel
+        )
         self.query_norm = Norm(config, self.head_size, shards=group) if config.qk_layernorm else None
         self.key_norm = Norm(config, self.head_size, shards=group) if config.qk_layernorm else None
         self.output = RowParallelLinear(
-            heads * self.head_size, hidden, bias=config.add_bias_linear, group=group, init="scaled_normal"
+            heads * self.head_size,
+            hidden,
+            bias=config.add_bias_linear,
+            group=group,
+            init="scaled_normal",
+            sequence_parallel=sequence_parallel,
         )
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
-        """[s, b, h] to [s, b, h]."""
+        """[s, b, h] to [s, b, h]; shards [s/t, b, h] to such with sequence parallelism."""
         query_sbnd, key_sbkd, value_sbkd = self._split_heads(self.qkv(hidden))
         if self.query_norm is not None and self.key_norm is not None:
             query_sbnd, key_sbkd = self.query_norm(query_sbnd), self.key_norm(key_sbkd)

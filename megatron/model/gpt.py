@@ -39,6 +39,8 @@ class GPT(nn.Module):
         vocab_size: token ids in use; it is padded to a multiple of `config.make_vocab_size_divisible_by`.
         groups: the ranks that share the model.
         attention: the chosen backend.
+        sequence_parallel: keep only this tensor rank's shard of the sequence outside of the sharded products; the
+            tensor ranks must then divide the length of the sequence.
         recompute_granularity: "none", or "full": backward computes blocks again instead of keeping their activations.
         recompute_num_layers: blocks that are kept or computed again as one unit.
     """
@@ -50,6 +52,7 @@ class GPT(nn.Module):
         vocab_size: int,
         groups: ParallelGroups,
         attention: AttentionBackend,
+        sequence_parallel: bool = False,
         recompute_granularity: str = "none",
         recompute_num_layers: int = 1,
     ) -> None:
@@ -59,6 +62,7 @@ class GPT(nn.Module):
         self.padded_vocab_size = padded_vocab_size(vocab_size, config.make_vocab_size_divisible_by)
         self.groups = groups
         self.attention = attention
+        self.sequence_parallel = sequence_parallel
         self.recompute_unit = recompute_num_layers if recompute_granularity == "full" else 0
         self.tied_modules = nn.ModuleDict()
         self._stage_names: list[str] = []
@@ -69,17 +73,24 @@ class GPT(nn.Module):
             self._stage_names.append(TIED_EMBEDDING if tied else name)
 
     def _build_stages(self) -> Iterator[nn.Module]:
-        config, group = self.config, self.groups.tensor
+        config, group, sharded = self.config, self.groups.tensor, self.sequence_parallel
         hidden, rows, padding = config.hidden_size, self.padded_vocab_size, self.padded_vocab_size - self.vocab_size
-        embedding = WordEmbedding(rows, hidden, vocab_size=self.vocab_size, group=group)
+        embedding = WordEmbedding(rows, hidden, vocab_size=self.vocab_size, group=group, sequence_parallel=sharded)
         rotary = Rotary.from_config(config) if config.position_embedding_type == "rope" else None
         yield embedding
-        yield Positions(config, group=group)
+        yield Positions(config, group=group, sequence_parallel=sharded)
         for layer in range(config.num_layers):
-            yield Block(config, layer=layer, group=group, backend=self.attention, rotary=rotary)
-        yield Norm(config, hidden)
+            yield Block(
+                config,
+                layer=layer,
+                group=group,
+                backend=self.attention,
+                rotary=rotary,
+                sequence_parallel=sharded,
+            )
+        yield Norm(config, hidden, shards=group.sequence_shards(sharded))
         if config.untie_embeddings_and_output_weights:
-            yield OutputHead(hidden, rows, bias=False, group=group, padding=padding)
+            yield OutputHead(hidden, rows, bias=False, group=group, padding=padding, sequence_parallel=sharded)
         else:
             yield TiedOutputHead(embedding)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -33,6 +34,7 @@ from megatron.model.init import initialize_parameters
 from megatron.parallel.groups import ParallelGroups, create_groups
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.random import RandomStreams, seed_everything
+from megatron.parallel.sharding import describe_sharding
 from megatron.training.batch_size import BatchSize
 from megatron.training.checkpoint import (
     CheckpointError,
@@ -111,7 +113,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
             signals=signals,
             reporter=reporter,
             checkpoints=_build_checkpoints(config, place),
-            params_norm=partial(params_norm, engine.module, place.control)
+            params_norm=partial(params_norm, engine.module, place.groups, place.control)
             if config.reporting.log_params_norm
             else None,
             resources=resources.pop_all(),
@@ -128,6 +130,7 @@ def build_model(
             vocab_size=vocab_size,
             groups=groups,
             attention=attention,
+            sequence_parallel=config.parallel.sequence_parallel,
             recompute_granularity=config.kernels.recompute_granularity,
             recompute_num_layers=config.kernels.recompute_num_layers,
         )
@@ -219,7 +222,7 @@ def _find_resume(config: RunConfig, place: Place, say: Callable[[str], None]) ->
     if path is None:
         return None
     saved = read_checkpoint(path)
-    check_layout(saved.state, data_parallel_size=place.groups.data.size)
+    check_layout(saved.state, _layout(place))
     changes = check_fits(saved.config, json.loads(json.dumps(config.to_json())))
     state = TrainState.from_json(saved.state["counters"])
     say(f" resuming {path}: iteration {state.iteration}, {state.consumed_samples} samples")
@@ -321,21 +324,35 @@ def _build_checkpoints(config: RunConfig, place: Place) -> CheckpointWriter | No
     return CheckpointWriter(
         Path(config.checkpoint.save),
         config=config.to_json(),
-        layout={"data_parallel_size": place.groups.data.size},
+        layout=_layout(place),
         control=place.control,
         streams=place.streams,
         keep_last=config.checkpoint.keep_last,
     )
 
 
+def _layout(place: Place) -> dict[str, int]:
+    """Give the degrees of the mesh, over which a checkpoint's files are split."""
+    groups = place.groups
+    return {
+        "data_parallel_size": groups.data.size,
+        "tensor_model_parallel_size": groups.tensor.size,
+        "pipeline_model_parallel_size": groups.pipeline.size,
+        "ds_sequence_parallel_size": groups.ulysses.size,
+    }
+
+
 def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, attention: str) -> Iterator[str]:
     """Say once, at the start, what was chosen."""
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(math.prod(sharding.logical_shape) for sharding in describe_sharding(model).values())
     training = config.training
     yield (
         f" {size:,} parameters, {training.precision}, ZeRO-{config.engine.zero_stage}, "
         f"{place.groups.world.size} x {place.device.type}, torch {torch.__version__}"
     )
+    if layout := [f"{name} {size}" for name, size in _layout(place).items() if size > 1]:
+        shards = ", sequence_parallel" if config.parallel.sequence_parallel else ""
+        yield f" layout: {', '.join(layout)}{shards}"
     yield f" attention: {attention}"
     if plan.total_samples is not None:
         yield (

@@ -7,21 +7,29 @@ import math
 import torch
 from torch import Tensor, nn
 
+from megatron.parallel.groups import ParallelGroups
+from megatron.parallel.sharding import sharding_of
 from megatron.training.control import Control
 
 
 @torch.no_grad()
-def params_norm(module: nn.Module, control: Control) -> float:
+def params_norm(module: nn.Module, groups: ParallelGroups, control: Control) -> float:
     """L2 norm of the model's weights, in the dtype of the forward pass. Every rank calls it.
 
-    Under ZeRO-3 each rank adds up its shards; otherwise every rank holds all weights. The ranks are all data-parallel.
+    Each weight counts once: under ZeRO-3 the replicas add up their shards of it, otherwise the first of them counts it;
+    a weight that all tensor ranks hold alike counts on the first of these.
     """
-    parameters = list(module.parameters())
-    shards = [_shard(parameter, control.rank) for parameter in parameters]
+    shards = [
+        _shard(parameter, groups.replicas.rank) for parameter in module.parameters() if _counts(parameter, groups)
+    ]
     own = float(torch.nn.utils.get_total_norm(shards)) if shards else 0.0
-    if not any(hasattr(parameter, "ds_tensor") for parameter in parameters):
-        return own
     return math.sqrt(math.fsum(norm * norm for norm in control.gather(own)))
+
+
+def _counts(parameter: nn.Parameter, groups: ParallelGroups) -> bool:
+    first_tensor_rank = groups.tensor.rank == 0 or sharding_of(parameter).num_shards > 1
+    first_replica = groups.replicas.rank == 0 or hasattr(parameter, "ds_tensor")
+    return first_tensor_rank and first_replica
 
 
 def _shard(parameter: nn.Parameter, rank: int) -> Tensor:

@@ -16,7 +16,8 @@ from megatron.config.optimizer import OptimizerConfig
 from megatron.config.sections import RunConfig
 from megatron.config.training import TrainingConfig
 from megatron.engine.settings import build_settings
-from megatron.parallel.groups import Group, ParallelGroups
+from megatron.parallel.groups import ParallelGroups, create_groups
+from megatron.parallel.mesh import Mesh
 
 VOCABULARY, WIDTH, LENGTH = 13, 6, 5  # sizes that nothing divides, so that ZeRO has to pad
 
@@ -98,10 +99,7 @@ def make_groups() -> ParallelGroups:
     """All running ranks are data-parallel."""
     import torch.distributed as dist
 
-    alone = Group.alone(dist.get_rank())
-    size = dist.get_world_size()
-    data = Group(ranks=tuple(range(size)), rank=dist.get_rank(), handle=dist.group.WORLD) if size > 1 else alone
-    return ParallelGroups(world=data, pipeline=alone, data=data, ulysses=alone, tensor=alone)
+    return create_groups(Mesh(data=dist.get_world_size()), dist.get_rank())
 
 
 def split_decay(model: nn.Module) -> list[dict[str, Any]]:

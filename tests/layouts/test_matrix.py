@@ -1,0 +1,78 @@
+"""Every layout trains the model that one rank trains: losses, gradient norms and weights after steps of plain SGD."""
+
+import shlex
+
+import pytest
+import torch
+
+from tests.layouts.recorded import MODELS, Record, record_all
+from tests.ranks import run_on_ranks
+
+BOUND = 1e-5
+"""Relative error allowed in fp32."""
+
+TENSOR = "--tensor-model-parallel-size 2"
+SHARDED = f"{TENSOR} --sequence-parallel"
+
+TWO_RANKS = [
+    (f"{TENSOR} --zero-stage 0 --micro-batch-size 2", "gpt2"),
+    (f"{SHARDED} --zero-stage 0 --micro-batch-size 4", "llama tied, query norms"),
+    (f"{TENSOR} --zero-stage 1 --micro-batch-size 1", "llama"),
+    (f"{SHARDED} --zero-stage 1 --micro-batch-size 2", "gpt2 untied, documents"),
+    (f"{SHARDED} --zero-stage 2 --micro-batch-size 2 --cpu-optimizer", "gpt2"),
+    (f"{SHARDED} --zero-stage 3 --micro-batch-size 2 --recompute-granularity full", "gpt2"),
+]
+
+FOUR_RANKS = [
+    (f"{TENSOR} --zero-stage 1 --micro-batch-size 1", "gpt2"),
+    (f"{TENSOR} --zero-stage 2 --micro-batch-size 1", "llama"),
+    (f"{TENSOR} --zero-stage 3 --micro-batch-size 2", "llama tied, query norms"),
+    (f"{SHARDED} --zero-stage 0 --micro-batch-size 1", "llama"),
+    (f"{SHARDED} --zero-stage 1 --micro-batch-size 2", "llama tied, query norms"),
+    (f"{SHARDED} --zero-stage 2 --micro-batch-size 1", "gpt2"),
+    (f"{SHARDED} --zero-stage 3 --micro-batch-size 1", "gpt2 untied, documents"),
+    ("--tensor-model-parallel-size 4 --sequence-parallel --micro-batch-size 4", "gpt2"),
+]
+
+
+def flags_of(layout: str, model: str) -> list[str]:
+    return [*MODELS[model], *shlex.split(layout)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Record]:
+    """The runs on one rank, by model."""
+    runs = [flags_of("--zero-stage 0 --micro-batch-size 4", model) for model in MODELS]
+    (records,) = run_on_ranks(1, record_all, runs, initialize=False, deepspeed=True)
+    return dict(zip(MODELS, records, strict=True))
+
+
+def error(value, reference) -> float:
+    """Relative error of vectors, in the 2-norm."""
+    value, reference = torch.as_tensor(value).double(), torch.as_tensor(reference).double()
+    return ((value - reference).norm() / reference.norm()).item()
+
+
+def errors(found: Record, expected: Record) -> dict[str, float]:
+    """Everything's relative error; that of a weight as share of the largest step that any weight has taken."""
+    steps = {name: (weight - expected.initial[name]).norm().item() for name, weight in expected.final.items()}
+    largest = max(steps.values())
+    named = {
+        name: (found.final[name] - weight).norm().item() / max(steps[name], 1e-3 * largest)
+        for name, weight in expected.final.items()
+    }
+    numbers = ("losses", "grad_norms", "params_norms")
+    return {**{name: error(getattr(found, name), getattr(expected, name)) for name in numbers}, **named}
+
+
+@pytest.mark.parametrize(("ranks", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["2 ranks", "4 ranks"])
+def test_every_layout_trains_the_model_that_one_rank_trains(alone, ranks, cases):
+    runs = [flags_of(*case) for case in cases]
+    for records in run_on_ranks(ranks, record_all, runs, initialize=False, deepspeed=True):
+        for (layout, model), found in zip(cases, records, strict=True):
+            expected = alone[model]
+            assert min(expected.grad_norms) > 1.0, "clipping is to be at work"
+            assert found.initial.keys() == expected.initial.keys()
+            assert all(torch.equal(found.initial[name], weight) for name, weight in expected.initial.items())
+            wrong = {name: value for name, value in errors(found, expected).items() if not value <= BOUND}
+            assert not wrong, (layout, model, wrong)
