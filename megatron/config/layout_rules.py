@@ -25,21 +25,12 @@ def layouts_have_one_stage_for_now(parallel: ParallelConfig) -> Iterator[str]:
         )
 
 
-def layouts_have_whole_sequences_for_now(parallel: ParallelConfig) -> Iterator[str]:
-    """This version has no Ulysses."""
-    if parallel.ds_sequence_parallel_size != 1:
-        yield (
-            f"--ds-sequence-parallel-size {parallel.ds_sequence_parallel_size}: this version has no Ulysses; leave it "
-            f"at 1, and use --tensor-model-parallel-size with --sequence-parallel for long sequences."
-        )
-
-
 def tensor_ranks_divide_the_model(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
-    """Each tensor rank holds as many heads, MLP channels and rows of the vocabulary."""
+    """Each tensor rank holds as many heads, MLP channels, rows of the vocabulary and learned positions."""
     size = parallel.tensor_model_parallel_size
-    names = ["num_attention_heads", "num_key_value_heads", "ffn_hidden_size", "make_vocab_size_divisible_by"]
-    if model.num_key_value_heads == model.num_attention_heads:
-        names.remove("num_key_value_heads")  # the user gave one number
+    names = ["num_attention_heads", "ffn_hidden_size", "make_vocab_size_divisible_by"]
+    if model.position_embedding_type == "learned_absolute":
+        names.append("max_position_embeddings")
     for name in names:
         value = getattr(model, name)
         if value % size:
@@ -49,14 +40,47 @@ def tensor_ranks_divide_the_model(parallel: ParallelConfig, model: ModelConfig) 
             )
 
 
-def tensor_ranks_divide_the_sequence(parallel: ParallelConfig, data: DataConfig) -> Iterator[str]:
-    """Under sequence parallelism each tensor rank holds as many tokens."""
-    size = parallel.tensor_model_parallel_size
-    if parallel.sequence_parallel and data.seq_length % size:
+def tensor_ranks_share_key_value_heads(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+    """Each tensor rank holds as many key/value heads, or as many ranks share each of them."""
+    size, heads = parallel.tensor_model_parallel_size, model.num_key_value_heads
+    if heads % size and size % heads and heads != model.num_attention_heads:
         yield (
-            f"--sequence-parallel with --seq-length {data.seq_length}, which is not a multiple of "
-            f"--tensor-model-parallel-size {size}: each tensor rank holds an equal shard of the sequence; use "
-            f"--seq-length {-(-data.seq_length // size) * size}, or drop --sequence-parallel."
+            f"--num-key-value-heads {heads} and --tensor-model-parallel-size {size}: one must divide the other; change "
+            f"either."
+        )
+    elif size > heads and 2 * model.kv_channels % (size // heads):
+        yield (
+            f"--kv-channels {model.kv_channels}: the {2 * model.kv_channels} key and value rows of a head cannot be "
+            f"divided over the {size // heads} of --tensor-model-parallel-size {size} ranks that share each of "
+            f"--num-key-value-heads {heads}; change one of them."
+        )
+
+
+def ranks_divide_the_sequence(parallel: ParallelConfig, data: DataConfig) -> Iterator[str]:
+    """Ulysses ranks, and under sequence parallelism the tensor ranks of each, hold as many tokens."""
+    shards, flags = (
+        parallel.ds_sequence_parallel_size,
+        f"--ds-sequence-parallel-size {parallel.ds_sequence_parallel_size}",
+    )
+    if parallel.sequence_parallel:
+        shards *= parallel.tensor_model_parallel_size
+        flags += f" x --tensor-model-parallel-size {parallel.tensor_model_parallel_size} (with --sequence-parallel)"
+    if data.seq_length % shards:
+        yield (
+            f"--seq-length {data.seq_length} is not a multiple of {flags} = {shards}: each rank holds an equal part of "
+            f"the sequence; use --seq-length {-(-data.seq_length // shards) * shards}."
+        )
+
+
+def ulysses_divides_heads(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+    """Ulysses ranks attend with as many of a tensor rank's heads each."""
+    tensor, ulysses = parallel.tensor_model_parallel_size, parallel.ds_sequence_parallel_size
+    heads = model.num_attention_heads
+    if heads % tensor == 0 and heads % (tensor * ulysses):
+        yield (
+            f"--num-attention-heads {heads} is not a multiple of --tensor-model-parallel-size {tensor} x "
+            f"--ds-sequence-parallel-size {ulysses} = {tensor * ulysses}: each rank attends with as many; change "
+            f"one of them."
         )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
-from megatron.kernels.attention.interface import AttentionBackend
 from megatron.model.attention import Attention
 from megatron.model.context import Context
 from megatron.model.dropout import HiddenDropout
@@ -28,7 +29,7 @@ class Block(nn.Module):
         *,
         layer: int,
         group: Group,
-        backend: AttentionBackend,
+        attend: Callable[..., Tensor],
         rotary: Rotary | None,
         sequence_parallel: bool = False,
     ) -> None:
@@ -36,7 +37,7 @@ class Block(nn.Module):
         shards = group.sequence_shards(sequence_parallel)
         self.attention_norm = Norm(config, config.hidden_size, shards=shards)
         self.attention = Attention(
-            config, layer=layer, group=group, backend=backend, rotary=rotary, sequence_parallel=sequence_parallel
+            config, layer=layer, group=group, attend=attend, rotary=rotary, sequence_parallel=sequence_parallel
         )
         self.mlp_norm = Norm(config, config.hidden_size, shards=shards)
         self.mlp = MLP(config, group=group, sequence_parallel=sequence_parallel)

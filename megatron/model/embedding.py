@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megatron.config.model import ModelConfig
 from megatron.model.context import Context
 from megatron.model.dropout import HiddenDropout
-from megatron.parallel.embedding import LearnedPositions, VocabParallelEmbedding
+from megatron.parallel.embedding import SequenceShardedPositions, VocabParallelEmbedding
 from megatron.parallel.groups import Group
 
 
@@ -30,7 +30,7 @@ class Positions(nn.Module):
         learned = config.position_embedding_type == "learned_absolute"
         rows = config.max_position_embeddings
         self.table = (
-            LearnedPositions(rows, config.hidden_size, group=group, sequence_parallel=sequence_parallel)
+            SequenceShardedPositions(rows, config.hidden_size, group=group, sequence_parallel=sequence_parallel)
             if learned
             else None
         )

@@ -22,6 +22,7 @@ from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
 from megatron.parallel.groups import ParallelGroups
 from megatron.parallel.recompute import recompute
+from megatron.parallel.ulysses import UlyssesAttention
 
 TIED_EMBEDDING = "tied_modules.word_embeddings"
 """Where a tied word embedding is kept: the name that a pipelined engine gives a layer which two stages share."""
@@ -76,6 +77,7 @@ class GPT(nn.Module):
         config, group, sharded = self.config, self.groups.tensor, self.sequence_parallel
         hidden, rows, padding = config.hidden_size, self.padded_vocab_size, self.padded_vocab_size - self.vocab_size
         embedding = WordEmbedding(rows, hidden, vocab_size=self.vocab_size, group=group, sequence_parallel=sharded)
+        attend = UlyssesAttention(self.attention.attend, self.groups.ulysses)
         rotary = Rotary.from_config(config) if config.position_embedding_type == "rope" else None
         yield embedding
         yield Positions(config, group=group, sequence_parallel=sharded)
@@ -84,7 +86,7 @@ class GPT(nn.Module):
                 config,
                 layer=layer,
                 group=group,
-                backend=self.attention,
+                attend=attend,
                 rotary=rotary,
                 sequence_parallel=sharded,
             )
@@ -109,6 +111,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Predict the token after each of `tokens`.
 
+        Where sequences are divided over Ulysses ranks, s is the length of this rank's shard, of which tokens, labels,
+        loss mask and position ids are; the attention mask is of the whole sequence.
+
         Args:
             tokens: ids [b, s].
             labels: the ids that should be predicted, [b, s].
@@ -126,7 +131,9 @@ class GPT(nn.Module):
         self.require("documents", attention_mask is not None)
         self.require("cache", cache is not None)
         mask = None if attention_mask is None else and_causal(attention_mask)
-        logits = self.run(tokens, Context(position_ids=position_ids, attention_mask=mask, cache=cache))
+        first_position = self.groups.ulysses.rank * tokens.shape[1]
+        context = Context(position_ids=position_ids, attention_mask=mask, cache=cache, first_position=first_position)
+        logits = self.run(tokens, context)
         if labels is None:
             return logits
         return masked_loss(logits, labels, loss_mask, vocab_size=self.vocab_size, group=self.groups.tensor)

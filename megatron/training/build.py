@@ -35,6 +35,7 @@ from megatron.parallel.groups import ParallelGroups, create_groups
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.random import RandomStreams, seed_everything
 from megatron.parallel.sharding import describe_sharding
+from megatron.parallel.ulysses import sequence_shard
 from megatron.training.batch_size import BatchSize
 from megatron.training.checkpoint import (
     CheckpointError,
@@ -101,7 +102,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         if resume is not None:
             _restore(resume, engine, place, with_streams=not config.checkpoint.no_load_rng)
         reporter.start({"world_size": place.groups.world.size, **state.to_json()})
-        open_batches = partial(_open_batches, config, place, _batch_options(config, tokenizer, attention))
+        open_batches = partial(_open_batches, config, place, _batch_options(config, place, tokenizer, attention))
         signals = SignalFlag(enabled=config.training.exit_signal_handler)
         return Trainer(
             plan,
@@ -264,7 +265,7 @@ def _open_datasets(
     )
 
 
-def _batch_options(config: RunConfig, tokenizer: Tokenizer, attention: AttentionBackend) -> BatchOptions:
+def _batch_options(config: RunConfig, place: Place, tokenizer: Tokenizer, attention: AttentionBackend) -> BatchOptions:
     return BatchOptions(
         eod_id=tokenizer.eod_id,
         reset_position_ids=config.data.reset_position_ids,
@@ -272,6 +273,7 @@ def _batch_options(config: RunConfig, tokenizer: Tokenizer, attention: Attention
         eod_mask_loss=config.data.eod_mask_loss,
         dense_mask=attention.dense_document_mask,
         vocab_size=tokenizer.vocab_size,
+        positions=sequence_shard(config.data.seq_length, place.groups.ulysses),
     )
 
 

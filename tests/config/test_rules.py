@@ -90,9 +90,10 @@ BROKEN: list[tuple[str, str, str]] = [
     ("--fp32 --zero-stage 0 --cpu-optimizer", "", "--cpu-optimizer & --zero-stage is 0"),
     ("--tensor-model-parallel-size 8", "", "--num-attention-heads 4 & --tensor-model-parallel-size 8"),
     (
-        "--tensor-model-parallel-size 4 --num-key-value-heads 2",
+        "--tensor-model-parallel-size 6 --num-attention-heads 12 --num-key-value-heads 4 --kv-channels 8 "
+        "--ffn-hidden-size 96 --make-vocab-size-divisible-by 6 --max-position-embeddings 36",
         "",
-        "--num-key-value-heads 2 & --tensor-model-parallel-size 4",
+        "--num-key-value-heads 4 & --tensor-model-parallel-size 6",
     ),
     (
         "--tensor-model-parallel-size 2 --ffn-hidden-size 99",
@@ -105,12 +106,32 @@ BROKEN: list[tuple[str, str, str]] = [
         "--make-vocab-size-divisible-by 25 & --tensor-model-parallel-size 2",
     ),
     (
-        "--tensor-model-parallel-size 2 --sequence-parallel --seq-length 33",
+        "--tensor-model-parallel-size 2 --sequence-parallel --seq-length 33 --max-position-embeddings 34",
         "--seq-length",
         "--seq-length 33 & --tensor-model-parallel-size 2 & --seq-length 34",
     ),
     ("--pipeline-model-parallel-size 2", "", "--pipeline-model-parallel-size 2"),
-    ("--ds-sequence-parallel-size 2", "", "--ds-sequence-parallel-size 2"),
+    (
+        "--tensor-model-parallel-size 4 --num-key-value-heads 1 --kv-channels 7",
+        "",
+        "--kv-channels 7 & --tensor-model-parallel-size 4 & --num-key-value-heads 1",
+    ),
+    (
+        "--tensor-model-parallel-size 2 --max-position-embeddings 33",
+        "",
+        "--max-position-embeddings 33 & --tensor-model-parallel-size 2",
+    ),
+    ("--ds-sequence-parallel-size 8", "", "--num-attention-heads 4 & --ds-sequence-parallel-size 8"),
+    (
+        "--tensor-model-parallel-size 2 --ds-sequence-parallel-size 4",
+        "",
+        "--num-attention-heads 4 & --tensor-model-parallel-size 2 & --ds-sequence-parallel-size 4",
+    ),
+    (
+        "--ds-sequence-parallel-size 2 --seq-length 33",
+        "--seq-length",
+        "--seq-length 33 & --ds-sequence-parallel-size 2 & --seq-length 34",
+    ),
     ("--lr-warmup-samples 9 --lr-decay-iters 90", "", "--lr-warmup-samples 9 & --lr-decay-iters 90 & one unit"),
     ("--lr-warmup-fraction 0.1 --lr-warmup-iters 9", "", "--lr-warmup-fraction 0.1 & --lr-warmup-iters 9"),
     ("--lr-warmup-samples 9", "", "--lr-decay-style linear & --lr-decay-samples & --train-samples"),

@@ -17,6 +17,8 @@ LAST_BIT = 2**-24
 TENSOR = "--tensor-model-parallel-size 2"
 SHARDED = f"{TENSOR} --sequence-parallel"
 
+ULYSSES = "--ds-sequence-parallel-size 2"
+
 TWO_RANKS = [
     (f"{TENSOR} --zero-stage 0 --micro-batch-size 2", "gpt2"),
     (f"{SHARDED} --zero-stage 0 --micro-batch-size 4", "llama tied, query norms"),
@@ -24,6 +26,7 @@ TWO_RANKS = [
     (f"{SHARDED} --zero-stage 1 --micro-batch-size 2", "gpt2 untied, documents"),
     (f"{SHARDED} --zero-stage 2 --micro-batch-size 2 --cpu-optimizer", "gpt2"),
     (f"{SHARDED} --zero-stage 3 --micro-batch-size 2 --recompute-granularity full", "gpt2"),
+    (f"{ULYSSES} --zero-stage 0 --micro-batch-size 2", "gpt2 untied, documents"),
 ]
 
 FOUR_RANKS = [
@@ -34,7 +37,12 @@ FOUR_RANKS = [
     (f"{SHARDED} --zero-stage 1 --micro-batch-size 2", "llama tied, query norms"),
     (f"{SHARDED} --zero-stage 2 --micro-batch-size 1", "gpt2"),
     (f"{SHARDED} --zero-stage 3 --micro-batch-size 1", "gpt2 untied, documents"),
-    ("--tensor-model-parallel-size 4 --sequence-parallel --micro-batch-size 4", "gpt2"),
+    ("--tensor-model-parallel-size 4 --sequence-parallel --micro-batch-size 4", "llama"),
+    (f"{ULYSSES} --zero-stage 1 --micro-batch-size 1", "llama"),
+    (f"{ULYSSES} --zero-stage 2 --micro-batch-size 2", "gpt2 untied, documents"),
+    (f"{ULYSSES} --zero-stage 3 --micro-batch-size 1", "gpt2"),
+    (f"{ULYSSES} {SHARDED} --zero-stage 3 --micro-batch-size 2", "llama tied, query norms"),
+    (f"{ULYSSES} {SHARDED} --zero-stage 1 --micro-batch-size 4", "gpt2"),
 ]
 
 
