@@ -105,4 +105,24 @@ if [ -n "${DRY_RUN:-}" ]; then
     printf '%s\n' "${command[@]}"
     exit
 fi
-exec "${command[@]}"
+if [ "$launcher" != deepspeed ]; then
+    exec "${command[@]}" # torchrun and srun pass signals on themselves
+fi
+# The deepspeed launcher dies of a signal that is sent to it alone and leaves its ranks running. So the whole job gets
+# it, in a process group of its own, and this script stays until the last rank has saved and left.
+set -m
+"${command[@]}" </dev/null &
+job=$!
+set +m
+for signal in TERM INT USR1; do
+    # shellcheck disable=SC2064 # the signal's name is to be filled in now
+    trap "kill -$signal -- -$job 2>/dev/null || true" "$signal"
+done
+code=0
+wait "$job" || code=$?
+while kill -0 "$job" 2>/dev/null; do # a signal ended the wait, not the job
+    code=0
+    wait "$job" || code=$?
+done
+while kill -0 -- "-$job" 2>/dev/null; do sleep 0.2; done
+exit "$code"

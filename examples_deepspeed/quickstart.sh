@@ -4,7 +4,7 @@
 # world size: 2
 #
 #   QUICKSTART_ONLY=data    stop when the token files are there
-#   QUICKSTART_STEPS=N      optimizer steps before the resume (default: 580)
+#   QUICKSTART_STEPS=N      optimizer steps before the resume (default: 680)
 #   DRY_RUN=1               print the training command, one word a line, and start nothing
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,12 +14,12 @@ tokenizer=$folder/tokenizer.model
 text=$folder/text.jsonl
 data=$folder/data/python_text_document
 checkpoints=$folder/checkpoints
-steps=${QUICKSTART_STEPS:-580}
+steps=${QUICKSTART_STEPS:-680}
 steps_after_resume=20
 total=$((steps + steps_after_resume))
 
-model=( # 1.3 million weights: what two CPU cores teach something in two minutes
-    --num-layers 4
+model=( # 0.9 million weights: small enough that two CPU cores show it over a million tokens in two minutes
+    --num-layers 2
     --hidden-size 128
     --num-attention-heads 4
     --seq-length 128
@@ -29,9 +29,9 @@ model=( # 1.3 million weights: what two CPU cores teach something in two minutes
     --hidden-dropout 0
 )
 training=(
-    --global-batch-size 16 # small, for many steps in little time
+    --global-batch-size 16 # few tokens a step, for many steps in little time
     --train-iters "$total"
-    --lr 4e-3              # small models take high rates
+    --lr 4e-3 # small models take high rates
     --min-lr 4e-4
     --lr-decay-style cosine
     --lr-warmup-iters 30
@@ -47,7 +47,7 @@ training=(
     --load-if-exists
     --save-interval 200
     --keep-last 2
-    --eval-interval 200
+    --eval-interval 175
     --eval-iters 40
     --log-interval 20
 )
@@ -161,6 +161,7 @@ step "Against a model that only counts tokens"
 "$python" tools/unigram_loss.py --load "$checkpoints" | indented
 
 step "A sample of what it writes"
-"$python" tools/generate_text.py --load "$checkpoints" --prompt "def " --max-new-tokens 120 --temperature 0.7 --seed 1 | indented
+"$python" tools/generate_text.py --load "$checkpoints" --prompt "    def __init__(self" \
+    --max-new-tokens 120 --temperature 0.7 --top-p 0.9 --seed 1 | indented
 
 printf '\nDone in %d s. Everything is in %s/; remove that folder to start anew.\n' "$SECONDS" "$folder"

@@ -109,10 +109,10 @@ def recompute(function: Callable[..., T], *args: object, policy: RecomputePolicy
     Args:
         function: any computation that gives the same result from the same arguments and random state.
         args: tensors on the device the function draws its random numbers on, and anything else. The policy moves the
-            floating-point tensors among them that are not parameters; those inside of other objects stay.
+            activations among them: no leaves that want a gradient, and none that lie inside of other objects.
         policy: one object for all calls of a model; its granularity is the caller's business.
     """
-    with keep_inputs(policy.split_over, on_host=policy.on_host):
+    with keep_inputs(args, policy.split_over, on_host=policy.on_host):
         # Non-reentrant, because that one nests, takes any arguments and leaves parameters' hooks alone.
         result: T = checkpoint(
             function, *args, use_reentrant=False, preserve_rng_state=True, context_fn=policy._contexts

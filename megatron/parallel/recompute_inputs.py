@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron.parallel.collectives import start_all_gather
@@ -20,20 +20,25 @@ Restore = Callable[[], Tensor]
 """Brings a tensor back as it was."""
 
 
-def keep_inputs(split_over: Group, *, on_host: bool) -> AbstractContextManager[Any]:
+def keep_inputs(inputs: Iterable[object], split_over: Group, *, on_host: bool) -> AbstractContextManager[Any]:
     """Within the context a checkpointed call keeps its inputs as asked: a share of each on a rank, in host memory.
 
-    torch hands the inputs of a checkpointed call, and nothing inside of it, to the hooks around the call.
+    Activations are moved. Integers stay, and so do leaves that want a gradient, such as weights: their owner holds them
+    anyway. torch hands the inputs of a checkpointed call, and nothing inside of it, to the hooks around the call.
 
     Args:
+        inputs: of the call.
         split_over: ranks whose inputs are the same; they gather them in backward, all in the same order.
         on_host: whether inputs on an accelerator wait in pinned memory of the host. On the CPU they are there already.
     """
     if split_over.size == 1 and not on_host:
         return nullcontext()
 
+    # By address, because the hooks are given detached aliases, which do not tell a leaf from an activation.
+    moved = {input.data_ptr() for input in inputs if isinstance(input, Tensor) and _is_activation(input)}
+
     def pack(tensor: Tensor) -> Tensor | Restore:
-        if isinstance(tensor, nn.Parameter) or not tensor.is_floating_point() or tensor.numel() == 0:
+        if tensor.data_ptr() not in moved:
             return tensor
         tensor = tensor.detach()
         share = tensor if split_over.size == 1 else _own_share(tensor, split_over)
@@ -43,6 +48,11 @@ def keep_inputs(split_over: Group, *, on_host: bool) -> AbstractContextManager[A
         return functools.partial(_gather_shares, restore, split_over, tensor.shape)
 
     return saved_tensors_hooks(pack, lambda packed: packed if isinstance(packed, Tensor) else packed())
+
+
+def _is_activation(tensor: Tensor) -> bool:
+    is_held_elsewhere = tensor.is_leaf and tensor.requires_grad
+    return tensor.is_floating_point() and tensor.numel() > 0 and not is_held_elsewhere
 
 
 def _own_share(tensor: Tensor, group: Group) -> Tensor:
@@ -57,8 +67,7 @@ def _gather_shares(restore: Restore, group: Group, shape: torch.Size) -> Tensor:
 
 
 def _move_to_host(tensor: Tensor) -> Restore:
-    device = _Transfers.of(tensor.device)
-    return device.move_to_host(tensor)
+    return _Transfers.of(tensor.device).move_to_host(tensor)
 
 
 class _HostCopy:

@@ -11,7 +11,6 @@ from megatron.parallel.collectives import copy_to_group, reduce_from_group
 from megatron.parallel.groups import Group
 from megatron.parallel.random import rank_stream
 from megatron.parallel.recompute import FULL, RecomputePolicy, recompute
-from megatron.parallel.recompute_inputs import keep_inputs
 from tests.parallel.logical import logical, own, tensor_group
 from tests.ranks import run_on_ranks
 
@@ -107,10 +106,13 @@ def test_a_rank_keeps_its_share_of_an_input():
     assert run_on_ranks(2, elements_kept_with_and_without_splitting) == [(21, 11)] * 2
 
 
-@pytest.mark.parametrize("tensor", [nn.Parameter(torch.ones(3)), torch.arange(3)], ids=["parameter", "integers"])
-def test_parameters_and_integers_stay_where_they_are(tensor):
-    hooks = keep_inputs(Group(ranks=(0, 1), rank=0, handle=None), on_host=True)
-    assert hooks.pack_hook(tensor) is tensor
+def test_weights_and_integers_stay_where_they_are():
+    policy = RecomputePolicy(granularity="full", split_over=Group(ranks=(0, 1), rank=0, handle=None))
+    moved = []
+    with patched(recompute_inputs, "_own_share", lambda share: moved.append(tuple(share.shape))):
+        hidden, weight, rows = torch.ones(3, 7, requires_grad=True), nn.Parameter(torch.ones(7, 4)), torch.arange(3)
+        recompute(lambda hidden, weight, rows: hidden[rows] @ weight, hidden * 1, weight, rows, policy=policy)
+    assert moved == [(11,)]
 
 
 @pytest.mark.gpu
