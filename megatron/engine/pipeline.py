@@ -70,7 +70,7 @@ def build_pipeline_engine(
     return PipelinedEngine(engine, stage, groups, device, linear)
 
 
-class PipelineStage(PipelineModule):  # type: ignore[misc]
+class PipelineStage(PipelineModule):
     """The layers of one rank, under the parameter names that the whole model has.
 
     One tensor crosses a boundary, [s, b, h] in the dtype of the residual stream. What else a layer reads of a
@@ -146,7 +146,7 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]
         self._set_bounds(start=self._part.start, stop=self._part.stop)
 
 
-class _SharedLayer(TiedLayerSpec):  # type: ignore[misc]
+class _SharedLayer(TiedLayerSpec):
     """A layer that the first and the last stage hold; DeepSpeed sums its gradients over the two."""
 
     def __init__(self, layer: nn.Module, forward_fn: Any = None) -> None:

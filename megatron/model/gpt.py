@@ -117,7 +117,10 @@ class GPT(nn.Module):
         return logits if labels is None else self.loss(logits, labels, loss_mask)
 
     def context(
-        self, position_ids: Tensor | None = None, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None
+        self,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Context:
         """Put together what every stage may read of a micro-batch; the arguments are those of `forward`.
 

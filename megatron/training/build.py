@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from megatron.config.deepspeed_json import read_deepspeed_json
 from megatron.config.derived import data_parallel_size
@@ -25,6 +28,7 @@ from megatron.data.tokenizer.interface import Tokenizer
 from megatron.engine.flat import build_flat_engine
 from megatron.engine.interface import Engine
 from megatron.engine.launch import RankEnvironment, start
+from megatron.engine.pipeline import build_pipeline_engine, build_stage
 from megatron.engine.settings import build_settings
 from megatron.kernels.attention.interface import AttentionBackend, AttentionRequest
 from megatron.kernels.attention.pick import pick_attention
@@ -33,6 +37,7 @@ from megatron.model.gpt import GPT, padded_vocab_size
 from megatron.model.init import initialize_parameters
 from megatron.parallel.groups import ParallelGroups, create_groups
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.partition import balance_blocks
 from megatron.parallel.random import RandomStreams, seed_everything
 from megatron.training.batch_size import BatchSize
 from megatron.training.checkpoint import (
@@ -85,6 +90,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
     with ExitStack() as resources:
         place = _join(config, environment)
         tokenizer = build_tokenizer(config.data)
+        config = with_partition(config, tokenizer.vocab_size)
         plan = build_plan(config, tokenizer.vocab_size, place)
         reporter = _open_reporter(config, plan, place.control)
         resources.callback(reporter.close)
@@ -92,10 +98,12 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         state = TrainState() if resume is None else resume.state
         attention, reason = pick_attention(config.kernels.attention_backend, _attention_request(config, place.device))
         datasets = _open_datasets(config, plan, tokenizer, place, reporter.say)
-        model = build_model(config, tokenizer.vocab_size, place.groups, attention, place.device)
+        pipelined = place.groups.pipeline.size > 1
+        model_device = torch.device("meta") if pipelined else place.device
+        model = build_model(config, tokenizer.vocab_size, place.groups, attention, model_device)
         for sentence in _describe(config, plan, place, model, f"{attention.name}, {reason}"):
             reporter.say(sentence)
-        engine = _build_engine(config, model, place)
+        engine = (_build_pipeline if pipelined else _build_flat)(config, model, place)
         resources.callback(engine.close)
         if resume is not None:
             _restore(resume, engine, place, with_streams=not config.checkpoint.no_load_rng)
@@ -112,7 +120,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
             signals=signals,
             reporter=reporter,
             checkpoints=_build_checkpoints(config, place),
-            params_norm=partial(params_norm, engine.module, place.control)
+            params_norm=partial(params_norm, engine.module, place.control, place.groups.data.size)
             if config.reporting.log_params_norm
             else None,
             resources=resources.pop_all(),
@@ -122,7 +130,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
 def build_model(
     config: RunConfig, vocab_size: int, groups: ParallelGroups, attention: AttentionBackend, device: torch.device
 ) -> GPT:
-    """Make the initialised model, in fp32 on the device."""
+    """Make the model, in fp32, with empty weights: without any memory on the device "meta"."""
     with device:
         model = GPT(
             config.model,
@@ -132,10 +140,27 @@ def build_model(
             recompute_granularity=config.kernels.recompute_granularity,
             recompute_num_layers=config.kernels.recompute_num_layers,
         )
-    initialize_parameters(
-        model, seed=config.training.seed, std=config.model.init_method_std, num_layers=config.model.num_layers
-    )
     return model
+
+
+def with_partition(config: RunConfig, vocab_size: int) -> RunConfig:
+    """Divide the blocks over the pipeline stages, where there are some and the flags leave it open.
+
+    All stages are to work equally long, counted in floating-point operations: the output head is worth some blocks, the
+    lookup of embeddings none.
+    """
+    parallel, model, seq_length = config.parallel, config.model, config.data.seq_length
+    if parallel.pipeline_model_parallel_size == 1 or parallel.stage_blocks is not None:
+        return config
+    rows = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by)
+    blocks = model_flops_per_token(model, 0, seq_length)
+    head = model_flops_per_token(model, rows, seq_length) - blocks
+    counts = balance_blocks(
+        model.num_layers, parallel.pipeline_model_parallel_size, last=head / (blocks / model.num_layers)
+    )
+    return dataclasses.replace(
+        config, parallel=dataclasses.replace(parallel, pipeline_partition=",".join(map(str, counts)))
+    )
 
 
 def build_plan(config: RunConfig, vocab_size: int, place: Place) -> Plan:
@@ -302,16 +327,32 @@ def _held_out(
     return {name: partial(open_batches, dataset) for name, dataset in sets.items() if dataset is not None}
 
 
-def _build_engine(config: RunConfig, model: GPT, place: Place) -> Engine:
+def _build_flat(config: RunConfig, model: GPT, place: Place) -> Engine:
+    _initialize(config, model)
+    groups = build_param_groups(model.named_parameters())
+    return build_flat_engine(model, groups, _settings(config, place), place.groups, place.device)
+
+
+def _build_pipeline(config: RunConfig, model: GPT, place: Place) -> Engine:
+    stage = build_stage(model, config.parallel.stage_blocks or (), place.groups, place.device)
+    _initialize(config, stage)
+    groups = build_param_groups(stage.named_parameters())
+    return build_pipeline_engine(stage, groups, _settings(config, place), place.groups, place.device)
+
+
+def _initialize(config: RunConfig, module: nn.Module) -> None:
+    model = config.model
+    initialize_parameters(module, seed=config.training.seed, std=model.init_method_std, num_layers=model.num_layers)
+
+
+def _settings(config: RunConfig, place: Place) -> dict[str, Any]:
     file = config.engine.deepspeed_config
-    settings = build_settings(
+    return build_settings(
         config,
         None if file is None else read_deepspeed_json(file),
         data_parallel_size=place.groups.data.size,
         device_type=place.device.type,
     )
-    groups = build_param_groups(model.named_parameters())
-    return build_flat_engine(model, groups, settings, place.groups, place.device)
 
 
 def _build_checkpoints(config: RunConfig, place: Place) -> CheckpointWriter | None:
@@ -336,8 +377,22 @@ def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, attention
         f"{place.groups.world.size} x {place.device.type}, torch {torch.__version__}"
     )
     yield f" attention: {attention}"
+    yield from _describe_pipeline(config, plan)
     if plan.total_samples is not None:
         yield (
             f" training: {plan.total_iterations} iterations of {training.global_batch_size} x {config.data.seq_length} "
             f"tokens, {plan.total_samples * config.data.seq_length:,} tokens in all"
         )
+
+
+def _describe_pipeline(config: RunConfig, plan: Plan) -> Iterator[str]:
+    counts = config.parallel.stage_blocks
+    if counts is None:
+        return
+    micro_batches = config.training.global_batch_size // plan.samples_per_micro_step
+    waiting = (len(counts) - 1) / (micro_batches + len(counts) - 1)
+    advice = "; a larger --global-batch-size lowers that" if micro_batches < 4 * len(counts) else ""
+    yield (
+        f" pipeline: stages of {', '.join(map(str, counts))} blocks; with {micro_batches} micro-batches a step each "
+        f"stage waits {100 * waiting:.0f} % of the time{advice}"
+    )

@@ -11,17 +11,23 @@ from megatron.training.control import Control
 
 
 @torch.no_grad()
-def params_norm(module: nn.Module, control: Control) -> float:
+def params_norm(module: nn.Module, control: Control, copies: int) -> float:
     """L2 norm of the model's weights, in the dtype of the forward pass. Every rank calls it.
 
-    Under ZeRO-3 each rank adds up its shards; otherwise every rank holds all weights. The ranks are all data-parallel.
+    Args:
+        module: what this rank trains: the whole model, its ZeRO-3 shards of it, or its stage of a pipeline. A weight
+            that two stages share counts on the first.
+        control: all ranks.
+        copies: number of ranks that hold the same weights, unless ZeRO-3 shards them.
     """
-    parameters = list(module.parameters())
+    parameters = [parameter for parameter in module.parameters() if not getattr(parameter, "ds_pipe_replicated", False)]
     shards = [_shard(parameter, control.rank) for parameter in parameters]
     own = float(torch.nn.utils.get_total_norm(shards)) if shards else 0.0
-    if not any(hasattr(parameter, "ds_tensor") for parameter in parameters):
+    if any(hasattr(parameter, "ds_tensor") for parameter in parameters):
+        copies = 1
+    if copies == control.size:
         return own
-    return math.sqrt(math.fsum(norm * norm for norm in control.gather(own)))
+    return math.sqrt(math.fsum(norm * norm for norm in control.gather(own)) / copies)
 
 
 def _shard(parameter: nn.Parameter, rank: int) -> Tensor:

@@ -89,7 +89,19 @@ BROKEN: list[tuple[str, str, str]] = [
     ("--fp16 --zero-stage 0", "", "--zero-stage 0 & --precision fp16"),
     ("--fp32 --zero-stage 0 --cpu-optimizer", "", "--cpu-optimizer & --zero-stage is 0"),
     ("--tensor-model-parallel-size 2", "", "--tensor-model-parallel-size 2"),
-    ("--pipeline-model-parallel-size 2", "", "--pipeline-model-parallel-size 2"),
+    ("--pipeline-model-parallel-size 5", "", "--pipeline-model-parallel-size 5 & --num-layers 4"),
+    ("--pipeline-partition 4", "", "--pipeline-partition 4 & --pipeline-model-parallel-size 1"),
+    ("--pipeline-model-parallel-size 2 --pipeline-partition 4,0", "", "--pipeline-partition 4,0 & positive"),
+    ("--pipeline-model-parallel-size 2 --pipeline-partition 2,x", "", "--pipeline-partition 2,x & whole numbers"),
+    ("--pipeline-model-parallel-size 2 --pipeline-partition 2,1,1", "", "--pipeline-partition 2,1,1 & 3 & is 2"),
+    ("--pipeline-model-parallel-size 2 --pipeline-partition 2,3", "", "--pipeline-partition 2,3 & --num-layers is 4"),
+    (
+        "--pipeline-model-parallel-size 2 --zero-stage 3",
+        "",
+        "--zero-stage 3 & --zero-stage 1 with these 2 stages & --pipeline-model-parallel-size 1 with --zero-stage 3",
+    ),
+    ("--pipeline-model-parallel-size 2 --zero-stage 2", "", "--zero-stage 2 & --zero-stage 1 with these 2 stages"),
+    ("--pipeline-model-parallel-size 2 --zero-stage 0 --fp32", "", "--zero-stage 0 & --zero-stage 1"),
     ("--ds-sequence-parallel-size 2", "", "--ds-sequence-parallel-size 2"),
     ("--sequence-parallel", "", "--sequence-parallel"),
     ("--lr-warmup-samples 9 --lr-decay-iters 90", "", "--lr-warmup-samples 9 & --lr-decay-iters 90 & one unit"),
@@ -168,6 +180,8 @@ def test_at_least_forty_combinations_are_refused() -> None:
         "--skip-train",
         "--save d --save-interval 3 --keep-last 2 --load d --load-if-exists",
         "--clip-grad 0",
+        "--pipeline-model-parallel-size 4",
+        "--pipeline-model-parallel-size 3 --pipeline-partition 1,2,1 --cpu-optimizer",
     ],
 )
 def test_legal_combination_breaks_no_rule(words: str) -> None:
@@ -238,3 +252,8 @@ def test_rules_take_far_less_than_a_second() -> None:
     start = time.process_time()
     rules.check_rules(config)
     assert time.process_time() - start < 0.5
+
+
+def test_refused_zero_stage_of_a_pipeline_names_the_ranks_of_the_layout_without_one() -> None:
+    (told,) = sentences(legal("--pipeline-model-parallel-size", "2", "--zero-stage", "3"), world_size=8)
+    assert "--zero-stage 3 over 8 data-parallel ranks" in told
