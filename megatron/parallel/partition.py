@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def balance_blocks(num_blocks: int, num_stages: int, *, first: float = 0.0, last: float = 0.0) -> tuple[int, ...]:
+def balance_blocks(num_blocks: int, num_stages: int, *, last: float = 0.0) -> tuple[int, ...]:
     """Choose how many blocks each stage holds, so that the slowest stage is as fast as it can be.
 
     Args:
         num_blocks: blocks of the model.
         num_stages: stages of the pipeline; each gets at least one block.
-        first: cost of what the first stage computes besides its blocks, in blocks.
-        last: the same for the last stage: the output head.
+        last: cost of what the last stage computes besides its blocks, the output head, in blocks.
 
     Returns:
         blocks of each stage. Among equals the later stage gets the block, since an earlier one keeps the activations
@@ -25,7 +24,6 @@ def balance_blocks(num_blocks: int, num_stages: int, *, first: float = 0.0, last
         raise ValueError(f"{num_blocks} blocks cannot be divided over {num_stages} stages: each needs one")
     counts = [1] * num_stages
     costs = [1.0] * num_stages
-    costs[0] += first
     costs[-1] += last
     for _ in range(num_blocks - num_stages):
         stage = min(reversed(range(num_stages)), key=costs.__getitem__)
