@@ -150,7 +150,7 @@ def with_partition(config: RunConfig, vocab_size: int) -> RunConfig:
     lookup of embeddings none.
     """
     parallel, model, seq_length = config.parallel, config.model, config.data.seq_length
-    if parallel.pipeline_model_parallel_size == 1 or parallel.stage_blocks is not None:
+    if parallel.pipeline_model_parallel_size == 1 or parallel.pipeline_partition is not None:
         return config
     rows = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by)
     blocks = model_flops_per_token(model, 0, seq_length)
