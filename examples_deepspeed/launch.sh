@@ -8,6 +8,7 @@
 #   LAUNCHER    deepspeed, torchrun or srun                    (default: deepspeed)
 #   HOSTFILE    deepspeed: file of `host slots=N` lines        (needed for more than one machine)
 #   NODE_RANK   torchrun: number of this machine, when the same command is run on each of several
+#   DS_ACCELERATOR=cpu  leave the GPUs alone
 #   MASTER_ADDR, MASTER_PORT   where the ranks meet            (default: found out; on one machine a free port)
 #   LAUNCHER_LOG  how much the deepspeed launcher tells: error, warning, info   (default: error)
 #   PYTHON      interpreter                                    (default: the repository's .venv, else python3)
@@ -30,6 +31,7 @@ script=$1
 shift
 
 find_gpus() { # prints their number as torch sees them: CUDA_VISIBLE_DEVICES and vendors are its business
+    [ "${DS_ACCELERATOR:-}" != cpu ] || { echo 0 && return; }
     "$PYTHON" -c 'import torch; print(torch.cuda.device_count())' ||
         fail "$PYTHON cannot import torch; run 'make setup', or name another interpreter as PYTHON=..."
 }

@@ -89,9 +89,12 @@ train() { # FLAG...: goes on from the newest checkpoint
 
 choose_ranks() { # a power of two of the GPUs here, which divides the batch; on the CPU two processes
     local gpus=0
-    [ -n "${DRY_RUN:-}" ] || gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-    ranks=2 precision=fp32
-    if [ "$gpus" -gt 0 ]; then
+    [ -n "${DRY_RUN:-}" ] || [ "${DS_ACCELERATOR:-}" = cpu ] ||
+        gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+    if [ "$gpus" -eq 0 ]; then
+        ranks=2 precision=fp32
+        export DS_ACCELERATOR=cpu
+    else
         precision=bf16
         for ranks in 8 4 2 1; do
             [ "$ranks" -gt "$gpus" ] || break

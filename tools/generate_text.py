@@ -121,7 +121,10 @@ def load_model(path: Path, config: RunConfig, vocab_size: int, device_name: str 
     """Build the model of a run with the weights of a checkpoint."""
     import torch
 
-    from megatron.engine.module_weights import load_module_weights
+    from megatron.engine.launch import quiet_stdout
+
+    with quiet_stdout():  # DeepSpeed prints when it is imported
+        from megatron.engine.module_weights import load_module_weights
     from megatron.kernels.attention.interface import AttentionRequest
     from megatron.kernels.attention.pick import pick_attention
     from megatron.model.gpt import GPT

@@ -116,7 +116,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     from megatron.data.preprocess.run import preprocess
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers inherit it: one thread each
     started = time.monotonic()
     try:
         summary = preprocess(build_settings(arguments))

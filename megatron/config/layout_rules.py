@@ -1,11 +1,12 @@
 """Rules of the layout over ranks and of DeepSpeed's engine."""
 
-# ruff: noqa: D401, D404 - the docstring of a rule states what holds, not what the function does
+# ruff: noqa: D401 - the docstring of a rule states what holds, not what the function does
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron.config.data import DataConfig
 from megatron.config.engine import EngineConfig
 from megatron.config.flags import spell
 from megatron.config.model import ModelConfig
@@ -15,17 +16,63 @@ from megatron.config.training import TrainingConfig
 AXES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "ds_sequence_parallel_size")
 
 
-def layouts_are_data_parallel_for_now(parallel: ParallelConfig) -> Iterator[str]:
-    """This version splits the batch and the sequence of layers over ranks and nothing else."""
-    for name in ("tensor_model_parallel_size", "ds_sequence_parallel_size"):
-        size = getattr(parallel, name)
-        if size != 1:
+def tensor_ranks_divide_the_model(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+    """Each tensor rank holds as many heads, MLP channels, rows of the vocabulary and learned positions."""
+    size = parallel.tensor_model_parallel_size
+    names = ["num_attention_heads", "ffn_hidden_size", "make_vocab_size_divisible_by"]
+    if model.position_embedding_type == "learned_absolute":
+        names.append("max_position_embeddings")
+    for name in names:
+        value = getattr(model, name)
+        if value % size:
             yield (
-                f"{spell(name)} {size}: this version has data and pipeline parallelism only; leave it at 1, and use "
-                f"--zero-stage 3 or --pipeline-model-parallel-size for models that one device cannot hold."
+                f"{spell(name)} {value} is not a multiple of --tensor-model-parallel-size {size}: each tensor rank "
+                f"holds an equal part; change one of them."
             )
+
+
+def tensor_ranks_share_key_value_heads(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+    """Each tensor rank holds as many key/value heads, or as many ranks share each of them."""
+    size, heads = parallel.tensor_model_parallel_size, model.num_key_value_heads
+    if heads % size and size % heads and heads != model.num_attention_heads:
+        yield (
+            f"--num-key-value-heads {heads} and --tensor-model-parallel-size {size}: one must divide the other; change "
+            f"either."
+        )
+    elif size > heads and 2 * model.kv_channels % (size // heads):
+        yield (
+            f"--kv-channels {model.kv_channels}: the {2 * model.kv_channels} key and value rows of a head cannot be "
+            f"divided over the {size // heads} of --tensor-model-parallel-size {size} ranks that share each of "
+            f"--num-key-value-heads {heads}; change one of them."
+        )
+
+
+def ranks_divide_the_sequence(parallel: ParallelConfig, data: DataConfig) -> Iterator[str]:
+    """Ulysses ranks, and under sequence parallelism the tensor ranks of each, hold as many tokens."""
+    shards, flags = (
+        parallel.ds_sequence_parallel_size,
+        f"--ds-sequence-parallel-size {parallel.ds_sequence_parallel_size}",
+    )
     if parallel.sequence_parallel:
-        yield "--sequence-parallel: this version has no tensor parallelism, which it is a part of; drop the flag."
+        shards *= parallel.tensor_model_parallel_size
+        flags += f" x --tensor-model-parallel-size {parallel.tensor_model_parallel_size} (with --sequence-parallel)"
+    if data.seq_length % shards:
+        yield (
+            f"--seq-length {data.seq_length} is not a multiple of {flags} = {shards}: each rank holds an equal part of "
+            f"the sequence; use --seq-length {-(-data.seq_length // shards) * shards}."
+        )
+
+
+def ulysses_divides_heads(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+    """Ulysses ranks attend with as many of a tensor rank's heads each."""
+    tensor, ulysses = parallel.tensor_model_parallel_size, parallel.ds_sequence_parallel_size
+    heads = model.num_attention_heads
+    if heads % tensor == 0 and heads % (tensor * ulysses):
+        yield (
+            f"--num-attention-heads {heads} is not a multiple of --tensor-model-parallel-size {tensor} x "
+            f"--ds-sequence-parallel-size {ulysses} = {tensor * ulysses}: each rank attends with as many; change "
+            f"one of them."
+        )
 
 
 def axes_divide_the_world(parallel: ParallelConfig, world_size: int | None) -> Iterator[str]:

@@ -17,6 +17,8 @@ from megatron.data.errors import DataError
 class Batch:
     """A micro-batch of b samples of s tokens.
 
+    Where sequences are divided over ranks, this rank's shard of them; masks of attention and documents stay whole.
+
     Attributes:
         tokens: int64 [b, s].
         labels: int64 [b, s], the token that follows each.
@@ -58,6 +60,8 @@ class BatchOptions:
         eod_mask_loss: no loss where the input is an end-of-document token.
         dense_mask: give the attention mask as [b, 1, s, s] instead of document ids.
         vocab_size: refuse ids from here on; None: take all.
+        positions: of each sample keep only the tokens at these positions, this rank's shard of the sequence, with their
+            labels, loss mask and position ids; what attention reads stays whole. None: keep all.
     """
 
     eod_id: int | None = None
@@ -66,6 +70,7 @@ class BatchOptions:
     eod_mask_loss: bool = False
     dense_mask: bool = False
     vocab_size: int | None = None
+    positions: range | None = None
 
     def __post_init__(self) -> None:
         """Refuse a choice that needs an end-of-document token when there is none."""
@@ -100,11 +105,14 @@ def make_batch(samples: Sequence[npt.NDArray[np.int64]], options: BatchOptions) 
         document_ids = torch.from_numpy(_begins(tokens, options.eod_id).cumsum(axis=1, dtype=np.int32))
         if options.dense_mask:
             attention_mask, document_ids = _dense_mask(document_ids), None
+    first, end = (
+        (0, tokens.shape[1]) if options.positions is None else (options.positions[0], options.positions[-1] + 1)
+    )
     return Batch(
-        tokens=torch.from_numpy(tokens.copy()),
-        labels=torch.from_numpy(stacked[:, 1:].copy()),
-        loss_mask=loss_mask,
-        position_ids=position_ids,
+        tokens=torch.from_numpy(tokens[:, first:end].copy()),
+        labels=torch.from_numpy(stacked[:, 1 + first : 1 + end].copy()),
+        loss_mask=None if loss_mask is None else loss_mask[:, first:end].contiguous(),
+        position_ids=None if position_ids is None else position_ids[:, first:end].contiguous(),
         attention_mask=attention_mask,
         document_ids=document_ids,
     )

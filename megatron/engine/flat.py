@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from megatron.config.errors import ConfigError
 from megatron.engine.checkpoint_files import CheckpointFiles, read_file
 from megatron.engine.interface import CheckpointError, Engine, MicroBatch, StepResult
 from megatron.engine.launch import quiet_stdout
+from megatron.engine.mpu import DeepSpeedGroups
+from megatron.parallel.collectives import reduce_from_group
 from megatron.parallel.groups import ParallelGroups
 
 
@@ -33,7 +36,6 @@ def build_flat_engine(
     settings: Mapping[str, Any],
     groups: ParallelGroups,
     device: torch.device,
-    mpu: Any = None,
 ) -> Engine:
     """Hand a model to DeepSpeed.
 
@@ -44,12 +46,11 @@ def build_flat_engine(
         settings: DeepSpeed's dictionary, from `build_settings`.
         groups: the ranks that share the work.
         device: this rank's device, as `launch.start` returned it.
-        mpu: what DeepSpeed asks for its groups; without one all ranks are data-parallel.
 
     Raises:
         ConfigError: DeepSpeed refuses a setting.
     """
-    engine, linear = initialize(model, param_groups, settings, mpu)
+    engine, linear = initialize(model, param_groups, settings, DeepSpeedGroups(groups))
     return FlatEngine(engine, groups, device, linear)
 
 
@@ -83,15 +84,17 @@ def initialize(
 class FlatEngine:
     """One DeepSpeed engine over all layers.
 
-    A loss reaches DeepSpeed as `sum of token losses x data-parallel size / tokens of the whole step`: it sums over the
-    micro-batches and averages over the data-parallel ranks, which leaves the gradient of the mean over all tokens.
+    A loss reaches DeepSpeed as `sum of token losses x replicas / tokens of the whole step`: it sums over the
+    micro-batches and averages over the replicas (data and Ulysses ranks), which leaves the gradient of the mean over
+    all tokens. Tensor ranks compute the same loss, each with its part of the weights.
     """
 
     def __init__(self, engine: DeepSpeedEngine, groups: ParallelGroups, device: torch.device, linear: Any) -> None:
         self.device = device
         self.module: nn.Module = engine.module
         self._engine = engine
-        self._data = groups.data
+        self._replicas = groups.replicas
+        self._tensor = groups.tensor
         self._linear = linear
         self._sharded = engine.zero_optimization_stage() > 0
         self._hyperparameters = [
@@ -110,7 +113,7 @@ class FlatEngine:
             raise ValueError("a step needs at least one micro-batch")
         self._write_rates(learning_rate, weight_decay)
         tokens = self._count_tokens(micro_batches).clamp(min=1)
-        weight = (self._data.size / tokens).float()
+        weight = (self._replicas.size / tokens).float()
         loss_scale = self._loss_scale
         loss_sum = torch.zeros((), device=self.device)
         for index, micro_batch in enumerate(micro_batches):
@@ -120,7 +123,7 @@ class FlatEngine:
             self._engine.backward(loss * weight, scale_wrt_gas=False)
             loss_sum += loss.detach()
         grad_norm, skipped = self._step() if self._sharded else self._step_unsharded()
-        self._sum_over_data(loss_sum)
+        self._sum_over_replicas(loss_sum)
         return StepResult(loss=loss_sum / tokens.float(), grad_norm=grad_norm, skipped=skipped, loss_scale=loss_scale)
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
@@ -133,7 +136,7 @@ class FlatEngine:
                     loss_sum += self._forward(micro_batch)
         finally:
             self._engine.train()
-        self._sum_over_data(loss_sum)
+        self._sum_over_replicas(loss_sum)
         return loss_sum, self._count_tokens(micro_batches)
 
     def save(self, directory: Path) -> None:
@@ -200,17 +203,17 @@ class FlatEngine:
         total = torch.zeros((), dtype=torch.float64)
         masks = [micro_batch.loss_mask for micro_batch in micro_batches]
         if all(mask is None for mask in masks):  # then every rank holds as many, and none need be asked
-            total += self._data.size * sum(micro_batch.labels.numel() for micro_batch in micro_batches)
+            total += self._replicas.size * sum(micro_batch.labels.numel() for micro_batch in micro_batches)
             return total.to(self.device)
         for micro_batch, mask in zip(micro_batches, masks, strict=True):
             total = total + (micro_batch.labels.numel() if mask is None else mask.sum(dtype=torch.float64))
         total = total.to(self.device)
-        self._sum_over_data(total)
+        self._sum_over_replicas(total)
         return total
 
-    def _sum_over_data(self, value: Tensor) -> None:
-        if self._data.size > 1:
-            dist.all_reduce(value, group=self._data.handle)
+    def _sum_over_replicas(self, value: Tensor) -> None:
+        if self._replicas.size > 1:
+            dist.all_reduce(value, group=self._replicas.handle)
 
     def _step(self) -> tuple[Tensor, bool]:
         """Let ZeRO's optimizer clip and step; it skips the step itself when a gradient is not finite."""
@@ -246,14 +249,23 @@ class FlatEngine:
 
     def _step_unsharded(self) -> tuple[Tensor, bool]:
         """Step without ZeRO, where DeepSpeed has the bare optimizer: it neither tells the norm nor skips a step."""
-        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).float()
+        norm = self._unsharded_norm()
         finite = bool(torch.isfinite(norm))
         if finite:
             self._engine.step()
         else:
             self._engine.zero_grad()
         return norm, not finite
+
+    def _unsharded_norm(self) -> Tensor:
+        """Norm over the tensor ranks: a divided parameter counts on each of them, one that all hold on the first."""
+        counted = [
+            parameter.grad
+            for parameter in self.module.parameters()
+            if parameter.grad is not None and (self._tensor.rank == 0 or is_model_parallel_parameter(parameter))
+        ]
+        square = torch.nn.utils.get_total_norm(counted).to(self.device, torch.float64).square()
+        return reduce_from_group(square, self._tensor).sqrt().float()
 
     def _model_file(self, directory: Path) -> Path:
         return Path(self._engine._get_ckpt_name(str(directory.parent), directory.name))
@@ -280,24 +292,27 @@ class FlatEngine:
     def _require_same_layout(self, directory: Path) -> None:
         """Raise when the optimizer's state in the files is cut or kept in another way than this engine's."""
         content = read_file(self._model_file(directory), mmap=True)
-        then = _describe_layout(content["ds_config"], content["dp_world_size"])
-        now = _describe_layout(self._engine.config, self._data.size)
+        then = _describe_layout(content["ds_config"], content["dp_world_size"], content["mp_world_size"])
+        now = _describe_layout(self._engine.config, self._replicas.size, self._engine.mp_world_size)
         changes = [f"{name} {then[name]}, not {now[name]}" for name in now if then[name] != now[name]]
         if changes:
             raise CheckpointError(f"checkpoint {directory} was saved with {', '.join(changes)}: resume with the same")
 
 
-def _describe_layout(settings: Mapping[str, Any], data_parallel_size: int) -> dict[str, Any]:
+def _describe_layout(settings: Mapping[str, Any], replicas: int, model_ranks: int) -> dict[str, Any]:
     """Name what must not change between saving and loading an engine's state."""
     zero = settings["zero_optimization"]
+    partition = settings["pipeline"].get("partition")
+    num_stages = len(partition.split(",")) if partition else 1
     return {
-        "data-parallel size": data_parallel_size,
+        "data-parallel size": replicas,
+        "--tensor-model-parallel-size": model_ranks // num_stages,
         "--zero-stage": zero["stage"],
         "--precision": next((name for name in ("bf16", "fp16") if settings[name]["enabled"]), "fp32"),
         "gradients summed in": settings["data_types"]["grad_accum_dtype"],
         "--cpu-optimizer": (zero.get("offload_optimizer") or {}).get("device") == "cpu",
         "--optimizer": settings["optimizer"]["type"],
-        "--pipeline-partition": settings["pipeline"].get("partition", "none"),
+        "--pipeline-partition": partition,
     }
 
 

@@ -79,6 +79,7 @@ class PipelineStage(PipelineModule):
 
     Attributes:
         counts: blocks of each stage of the pipeline.
+        groups: the ranks that share the model.
         loss_weight: factor on the sum of a micro-batch's token losses.
     """
 
@@ -86,6 +87,7 @@ class PipelineStage(PipelineModule):
         self.counts = [len(model.blocks_in(part)) for part in parts]
         self.loss_weight: Tensor | float = 1.0
         self._model = (model,)  # in a tuple: a submodule would give every weight a second name
+        self.groups = groups
         self._parts = parts
         self._part = parts[groups.pipeline.rank]
         self._device = device
@@ -99,7 +101,7 @@ class PipelineStage(PipelineModule):
                 _materialize(layers[0], device)
             layers[0], layers[-1] = _SharedLayer(layers[0]), _SharedLayer(layers[0], forward_fn=layers[-1])
         topology = PipeModelDataParallelTopology(
-            num_pp=groups.pipeline.size, num_mp=groups.tensor.size, num_dp=groups.data.size
+            num_pp=groups.pipeline.size, num_mp=groups.tensor.size, num_dp=groups.replicas.size
         )
         super().__init__(layers, topology=topology)
 
@@ -126,7 +128,9 @@ class PipelineStage(PipelineModule):
         """
         (model,) = self._model
         micro_batch = self._micro_batches.popleft()
-        context = model.context(self._here(micro_batch.position_ids), self._here(micro_batch.attention_mask))
+        context = model.context(
+            micro_batch.tokens, self._here(micro_batch.position_ids), self._here(micro_batch.attention_mask)
+        )
         output = model.run_part(x, context, self._part)
         if not self.is_last:
             return output.contiguous()  # what is sent must be
@@ -161,8 +165,8 @@ class _SharedLayer(TiedLayerSpec):
 class PipelinedEngine(FlatEngine):
     """One rank of a pipeline. Between steps it is a flat engine over its own stage.
 
-    A loss reaches DeepSpeed as `sum of token losses x micro-batches x data-parallel size / tokens of the whole step`:
-    it averages over the micro-batches and the data-parallel ranks, which leaves the mean over all tokens.
+    A loss reaches DeepSpeed as `sum of token losses x micro-batches x replicas / tokens of the whole step`:
+    it averages over the micro-batches and the replicas (data and Ulysses ranks), which leaves the mean over all tokens.
     """
 
     def __init__(
@@ -192,7 +196,7 @@ class PipelinedEngine(FlatEngine):
         self._write_rates(learning_rate, weight_decay)
         tokens = self._count_tokens(micro_batches).clamp(min=1)
         count, engine = len(micro_batches), self._engine
-        self._deliver(micro_batches, (count * self._data.size / tokens).float())
+        self._deliver(micro_batches, (count * self._replicas.size / tokens).float())
         engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
         loss_scale = self._loss_scale
         grad_norm, skipped = self._step()
@@ -208,7 +212,7 @@ class PipelinedEngine(FlatEngine):
         if micro_batches:
             for loss in self._forward_all(micro_batches):
                 loss_sum += loss
-        self._sum_over_data(loss_sum)
+        self._sum_over_replicas(loss_sum)
         dist.all_reduce(loss_sum, group=self._pipeline.handle)  # zero but on the last stage
         return loss_sum, self._count_tokens(micro_batches)
 

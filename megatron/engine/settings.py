@@ -42,6 +42,8 @@ def build_settings(
             problems += _find_pipeline_conflicts(settings)
         if problems:
             raise ConfigError(problems)
+    # To DeepSpeed the Ulysses ranks are data-parallel ones (see `mpu.DeepSpeedGroups`), each with samples of its own.
+    settings["train_batch_size"] *= config.parallel.ds_sequence_parallel_size
     return settings
 
 

@@ -47,12 +47,14 @@ class Context:
     """Inputs of a forward pass that every stage may read."""
 
     position_ids: Tensor | None = None
-    """Positions [b, s]; None: they count up from the cache's length, or from 0."""
+    """Positions [b, s]; None: they count up from `offset`."""
     attention_mask: Tensor | None = None
     """Bool [b, 1, s, s'], True = may attend, complete: it already keeps queries from later keys. None: causal alone."""
     cache: KeyValueCache | None = None
+    first_position: int = 0
+    """Position of the first token, where this rank has a later shard of the sequence."""
 
     @property
     def offset(self) -> int:
         """Position of the first token where no position ids say otherwise."""
-        return self.cache.length if self.cache is not None else 0
+        return self.cache.length if self.cache is not None else self.first_position

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
 from megatron.model.context import Context
-from megatron.parallel.embedding import LearnedPositions, VocabParallelEmbedding
+from megatron.model.dropout import HiddenDropout
+from megatron.parallel.embedding import SequenceShardedPositions, VocabParallelEmbedding
 from megatron.parallel.groups import Group
 
 
@@ -17,23 +18,27 @@ class WordEmbedding(VocabParallelEmbedding):
     """Stage 0: the vector of each token."""
 
     def forward(self, tokens_bs: Tensor, context: Context | None = None) -> Tensor:
-        """Look up [b, s] token ids; returns [s, b, h]."""
+        """Look up [b, s] token ids; returns [s, b, h], or [s/t, b, h] with sequence parallelism."""
         return super().forward(tokens_bs)
 
 
 class Positions(nn.Module):
     """Stage 1: the vector of each position, where positions are learned; dropout; the dtype of the residual stream."""
 
-    def __init__(self, config: ModelConfig, *, group: Group) -> None:
+    def __init__(self, config: ModelConfig, *, group: Group, sequence_parallel: bool = False) -> None:
         super().__init__()
         learned = config.position_embedding_type == "learned_absolute"
         rows = config.max_position_embeddings
-        self.table = LearnedPositions(rows, config.hidden_size, group=group) if learned else None
+        self.table = (
+            SequenceShardedPositions(rows, config.hidden_size, group=group, sequence_parallel=sequence_parallel)
+            if learned
+            else None
+        )
         self.fp32_residual = config.fp32_residual_connection
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = HiddenDropout(config.hidden_dropout, shards=group.sequence_shards(sequence_parallel))
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
-        """[s, b, h] to [s, b, h]."""
+        """[s, b, h] to [s, b, h]; shards [s/t, b, h] to such with sequence parallelism."""
         if self.fp32_residual:
             hidden = hidden.float()
         if self.table is not None:

@@ -22,6 +22,7 @@ from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
 from megatron.parallel.groups import ParallelGroups
 from megatron.parallel.recompute import recompute
+from megatron.parallel.ulysses import UlyssesAttention
 
 TIED_EMBEDDING = "tied_modules.word_embeddings"
 """Where a tied word embedding is kept: the name that a pipelined engine gives a layer which two stages share."""
@@ -39,6 +40,8 @@ class GPT(nn.Module):
         vocab_size: token ids in use; it is padded to a multiple of `config.make_vocab_size_divisible_by`.
         groups: the ranks that share the model.
         attention: the chosen backend.
+        sequence_parallel: keep only this tensor rank's shard of the sequence outside of the sharded products; the
+            tensor ranks must then divide the length of the sequence.
         recompute_granularity: "none", or "full": backward computes blocks again instead of keeping their activations.
         recompute_num_layers: blocks that are kept or computed again as one unit.
     """
@@ -50,6 +53,7 @@ class GPT(nn.Module):
         vocab_size: int,
         groups: ParallelGroups,
         attention: AttentionBackend,
+        sequence_parallel: bool = False,
         recompute_granularity: str = "none",
         recompute_num_layers: int = 1,
     ) -> None:
@@ -59,6 +63,7 @@ class GPT(nn.Module):
         self.padded_vocab_size = padded_vocab_size(vocab_size, config.make_vocab_size_divisible_by)
         self.groups = groups
         self.attention = attention
+        self.sequence_parallel = sequence_parallel
         self.recompute_unit = recompute_num_layers if recompute_granularity == "full" else 0
         self.tied_modules = nn.ModuleDict()
         self._stage_names: list[str] = []
@@ -69,17 +74,25 @@ class GPT(nn.Module):
             self._stage_names.append(TIED_EMBEDDING if tied else name)
 
     def _build_stages(self) -> Iterator[nn.Module]:
-        config, group = self.config, self.groups.tensor
+        config, group, sharded = self.config, self.groups.tensor, self.sequence_parallel
         hidden, rows, padding = config.hidden_size, self.padded_vocab_size, self.padded_vocab_size - self.vocab_size
-        embedding = WordEmbedding(rows, hidden, vocab_size=self.vocab_size, group=group)
+        embedding = WordEmbedding(rows, hidden, vocab_size=self.vocab_size, group=group, sequence_parallel=sharded)
+        attend = UlyssesAttention(self.attention.attend, self.groups.ulysses)
         rotary = Rotary.from_config(config) if config.position_embedding_type == "rope" else None
         yield embedding
-        yield Positions(config, group=group)
+        yield Positions(config, group=group, sequence_parallel=sharded)
         for layer in range(config.num_layers):
-            yield Block(config, layer=layer, group=group, backend=self.attention, rotary=rotary)
-        yield Norm(config, hidden)
+            yield Block(
+                config,
+                layer=layer,
+                group=group,
+                attend=attend,
+                rotary=rotary,
+                sequence_parallel=sharded,
+            )
+        yield Norm(config, hidden, shards=group.sequence_shards(sharded))
         if config.untie_embeddings_and_output_weights:
-            yield OutputHead(hidden, rows, bias=False, group=group, padding=padding)
+            yield OutputHead(hidden, rows, bias=False, group=group, padding=padding, sequence_parallel=sharded)
         else:
             yield TiedOutputHead(embedding)
 
@@ -98,6 +111,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Predict the token after each of `tokens`.
 
+        Where sequences are divided over Ulysses ranks, s is the length of this rank's shard, of which tokens, labels,
+        loss mask and position ids are; the attention mask is of the whole sequence.
+
         Args:
             tokens: ids [b, s].
             labels: the ids that should be predicted, [b, s].
@@ -112,17 +128,20 @@ class GPT(nn.Module):
         Raises:
             AttentionUnavailableError: a mask or a cache is given and the attention backend does not honour it.
         """
-        context = self.context(position_ids, attention_mask, cache)
+        context = self.context(tokens, position_ids, attention_mask, cache)
         logits = self.run(tokens, context)
         return logits if labels is None else self.loss(logits, labels, loss_mask)
 
     def context(
         self,
+        tokens: Tensor,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Context:
         """Put together what every stage may read of a micro-batch; the arguments are those of `forward`.
+
+        Of the tokens only the length counts.
 
         Raises:
             AttentionUnavailableError: a mask or a cache is given and the attention backend does not honour it.
@@ -130,7 +149,8 @@ class GPT(nn.Module):
         self.require("documents", attention_mask is not None)
         self.require("cache", cache is not None)
         mask = None if attention_mask is None else and_causal(attention_mask)
-        return Context(position_ids=position_ids, attention_mask=mask, cache=cache)
+        first = self.groups.ulysses.rank * tokens.shape[1]
+        return Context(position_ids=position_ids, attention_mask=mask, cache=cache, first_position=first)
 
     def loss(self, logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) -> Tensor:
         """Sum the token losses of logits [s, b, v/t]; labels and mask are those of `forward`."""

@@ -18,21 +18,26 @@ class OutputHead(ColumnParallelLinear):
     """A head with a weight of its own."""
 
     def forward(self, hidden: Tensor, context: Context | None = None) -> Tensor:
-        """[s, b, h] to logits [s, b, v/t]."""
+        """[s, b, h], or [s/t, b, h] with sequence parallelism, to logits [s, b, v/t]."""
         return super().forward(hidden)
 
 
 class TiedOutputHead(nn.Module):
-    """A head that reads the word embedding's weight and has no parameter."""
+    """A head that reads the word embedding's weight and has no parameter.
+
+    It takes what the embedding gives: shards of the sequence, with sequence parallelism.
+    """
 
     def __init__(self, embedding: WordEmbedding) -> None:
         super().__init__()
         self._embedding = (embedding,)  # in a tuple: a submodule would give the weight a second name
 
     def forward(self, hidden: Tensor, context: Context | None = None) -> Tensor:
-        """[s, b, h] to logits [s, b, v/t]."""
+        """[s, b, h], or [s/t, b, h] with sequence parallelism, to logits [s, b, v/t]."""
         (embedding,) = self._embedding
-        return column_parallel_product(hidden, embedding.weight, group=embedding.group)
+        return column_parallel_product(
+            hidden, embedding.weight, group=embedding.group, sequence_parallel=embedding.sequence_parallel
+        )
 
 
 def whole_logits(logits: Tensor, group: Group, vocab_size: int) -> Tensor:

@@ -13,14 +13,18 @@ from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
 class MLP(nn.Module):
     """down(activation(up)); a gated one takes gate and up from one product, [gate; up]."""
 
-    def __init__(self, config: ModelConfig, *, group: Group) -> None:
+    def __init__(self, config: ModelConfig, *, group: Group, sequence_parallel: bool = False) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.ffn_hidden_size, config.add_bias_linear
         self.activation = ACTIVATIONS[config.activation_function]
         blocks = 2 if config.gated else 1
-        self.up = ColumnParallelLinear(hidden, blocks * inner, bias=bias, group=group, blocks=blocks)
-        self.down = RowParallelLinear(inner, hidden, bias=bias, group=group, init="scaled_normal")
+        self.up = ColumnParallelLinear(
+            hidden, blocks * inner, bias=bias, group=group, blocks=blocks, sequence_parallel=sequence_parallel
+        )
+        self.down = RowParallelLinear(
+            inner, hidden, bias=bias, group=group, init="scaled_normal", sequence_parallel=sequence_parallel
+        )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[s, b, h] to [s, b, h]."""
+        """[s, b, h] to [s, b, h]; shards [s/t, b, h] to such with sequence parallelism."""
         return self.down(self.activation(self.up(hidden)))

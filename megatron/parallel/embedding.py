@@ -60,12 +60,8 @@ class VocabParallelEmbedding(nn.Module):
         tokens_sb = tokens_bs.t()
         if self.group.size == 1:
             return F.embedding(tokens_sb, self.weight)
-        rows_sb = tokens_sb - self.group.rank * self.num_rows
-        elsewhere_sb = (rows_sb < 0) | (rows_sb >= self.num_rows)
-        found = F.embedding(rows_sb.masked_fill(elsewhere_sb, 0), self.weight)
-        summand = found.masked_fill(elsewhere_sb.unsqueeze(-1), 0.0)
         collect = reduce_scatter_sequence if self.sequence_parallel else reduce_from_group
-        return collect(summand, self.group)
+        return collect(_rows_held_here(tokens_sb, self.weight, self.group), self.group)
 
 
 class LearnedPositions(nn.Module):
@@ -105,12 +101,81 @@ class LearnedPositions(nn.Module):
         first = self.shards.rank * length
         if position_ids_bs is not None:
             return hidden + F.embedding(position_ids_bs.t()[first : first + length], table)
-        end = offset + self.shards.size * length
-        if end > table.shape[0]:
-            raise ConfigError(
-                [
-                    f"a sequence of {end} tokens exceeds --max-position-embeddings {table.shape[0]}: "
-                    "shorten the sequence or raise the flag"
-                ]
-            )
+        _check_length(offset + self.shards.size * length, table.shape[0])
         return hidden + table[offset + first : offset + first + length].unsqueeze(1)
+
+
+class SequenceShardedPositions(nn.Module):
+    """Table of position vectors, its rows divided over the ranks of a group, added to the hidden states.
+
+    Rank r owns rows [r L/t, (r + 1) L/t) of L. Its logical tensor, name and start are those of `LearnedPositions`, so
+    that a checkpoint of one is a checkpoint of the other; weight, gradient and optimizer states take 1/t of the memory.
+
+    Each rank looks up the positions that fall into its rows and the sum over the ranks completes the vectors, as in
+    `VocabParallelEmbedding`. A whole sequence of L tokens under sequence parallelism needs no communication: each
+    rank's shard stands at just the positions that it owns.
+
+    Parameters are empty until initialised (`mark_init`).
+
+    Args:
+        max_positions: L, the longest sequence.
+        hidden_size: h.
+        group: the tensor group.
+        sequence_parallel: whether the hidden states are this rank's shard of the sequence.
+
+    Raises:
+        ConfigError: the ranks do not divide the rows. They are not padded: the logical table would then depend on t.
+    """
+
+    def __init__(self, max_positions: int, hidden_size: int, *, group: Group, sequence_parallel: bool = False) -> None:
+        super().__init__()
+        self.group = group
+        self.sequence_parallel = sequence_parallel
+        self.max_positions = max_positions
+        self.weight = nn.Parameter(torch.empty(divide(max_positions, group, "--max-position-embeddings"), hidden_size))
+        mark_sharded(self.weight, 0, group, (max_positions, hidden_size))
+        mark_init(self.weight, "normal")
+
+    def forward(self, hidden: Tensor, position_ids_bs: Tensor | None = None, offset: int = 0) -> Tensor:
+        """Add each token's position vector; arguments and errors are those of `LearnedPositions.forward`."""
+        if position_ids_bs is not None:
+            return hidden + self._look_up(position_ids_bs.t())
+        length = hidden.shape[0] * (self.group.size if self.sequence_parallel else 1)
+        _check_length(offset + length, self.max_positions)
+        if length == self.max_positions and (self.sequence_parallel or self.group.size == 1):
+            return hidden + self.weight.unsqueeze(1)
+        # [s, 1]: the vectors are summed over the ranks before they are added to each sample, not after.
+        positions_s1 = torch.arange(offset, offset + length, device=hidden.device).unsqueeze(1)
+        return hidden + self._look_up(positions_s1)
+
+    def _look_up(self, positions_sb: Tensor) -> Tensor:
+        """Vectors of the whole sequence's positions [s, b]: [s, b, h], or this rank's [s/t, b, h] of them."""
+        if self.group.size == 1:
+            return F.embedding(positions_sb, self.weight)
+        collect = reduce_scatter_sequence if self.sequence_parallel else reduce_from_group
+        return collect(_rows_held_here(positions_sb, self.weight, self.group), self.group)
+
+
+def _rows_held_here(indices: Tensor, shard: Tensor, group: Group) -> Tensor:
+    """Look up indices of the whole table in this rank's shard of its rows; zeros where another rank has the row.
+
+    An index outside of the whole table fails as in a plain lookup, on the first rank or the last, instead of being zero
+    on all.
+    """
+    rows = indices - group.rank * shard.shape[0]
+    is_elsewhere = torch.zeros_like(rows, dtype=torch.bool)
+    if group.rank > 0:
+        is_elsewhere |= rows < 0
+    if group.rank < group.size - 1:
+        is_elsewhere |= rows >= shard.shape[0]
+    return F.embedding(rows.masked_fill(is_elsewhere, 0), shard).masked_fill(is_elsewhere.unsqueeze(-1), 0.0)
+
+
+def _check_length(end: int, max_positions: int) -> None:
+    if end > max_positions:
+        raise ConfigError(
+            [
+                f"a sequence of {end} tokens exceeds --max-position-embeddings {max_positions}: "
+                "shorten the sequence or raise the flag"
+            ]
+        )

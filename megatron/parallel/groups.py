@@ -35,12 +35,27 @@ class Group:
         """Make a group of one: every collective on it returns its input."""
         return cls(ranks=(global_rank,), rank=0, handle=None)
 
+    def sequence_shards(self, sequence_parallel: bool) -> Group:
+        """Of a tensor group: the ranks that each hold another shard of the sequence outside of the sharded products.
+
+        Returns:
+            This group with Megatron's sequence parallelism; without it a group of one, since all ranks hold the whole.
+        """
+        return self if sequence_parallel else Group.alone(self.ranks[self.rank])
+
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """The groups of one rank: along each axis of the mesh, and all ranks together."""
+    """The groups of one rank: along each axis of the mesh, and over several of them.
+
+    Attributes:
+        world: all ranks.
+        replicas: the data and Ulysses axes together: ranks that hold the same weights and see other tokens, between
+            which gradients are summed and ZeRO shards.
+    """
 
     world: Group
+    replicas: Group
     pipeline: Group
     data: Group
     ulysses: Group
@@ -49,7 +64,7 @@ class ParallelGroups:
     @classmethod
     def alone(cls) -> ParallelGroups:
         """Make the groups of a run on one rank, which needs no process group."""
-        return cls(**dict.fromkeys(("world", *AXES), Group.alone()))
+        return cls(**dict.fromkeys(("world", "replicas", *AXES), Group.alone()))
 
 
 def create_groups(mesh: Mesh, rank: int, timeout: timedelta | None = None) -> ParallelGroups:
@@ -74,7 +89,11 @@ def create_groups(mesh: Mesh, rank: int, timeout: timedelta | None = None) -> Pa
     # Every process makes every group, also those it is not in, and all in the same order: torch pairs them by order.
     world = _create_own(mesh.lines(*AXES), rank, timeout)
     along = {axis: _create_own(mesh.lines(axis), rank, timeout) for axis in AXES}
-    return ParallelGroups(world=world, **along)
+    if 1 in (mesh.data, mesh.ulysses):  # then the plane is the line along the other: no second communicator
+        replicas = max(along["data"], along["ulysses"], key=lambda line: line.size)
+    else:
+        replicas = _create_own(mesh.lines("data", "ulysses"), rank, timeout)
+    return ParallelGroups(world=world, replicas=replicas, **along)
 
 
 def _create_own(lines: Sequence[tuple[int, ...]], rank: int, timeout: timedelta | None) -> Group:

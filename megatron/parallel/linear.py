@@ -10,6 +10,8 @@ Legend: s sequence, b micro-batch, t ranks of the group. Without sequence parall
 |--------|------------|----------------|----------------|
 | column | [out/t, in] | [s/t, b, in]   | [s, b, out/t]  |
 | row    | [out, in/t] | [s, b, in/t]   | [s/t, b, out]  |
+
+The column-parallel product of queries, keys and values is in `qkv.py`.
 """
 
 from __future__ import annotations
@@ -69,11 +71,12 @@ class ColumnParallelLinear(nn.Module):
         self.group = group
         self.sequence_parallel = sequence_parallel
         self.weight = nn.Parameter(torch.empty(local, in_features))
-        mark_sharded(self.weight, 0, group, (out_features, in_features), blocks=blocks, padding=padding)
+        equal_blocks = (1,) * blocks
+        mark_sharded(self.weight, 0, group, (out_features, in_features), blocks=equal_blocks, padding=padding)
         mark_init(self.weight, init)
         self.bias = nn.Parameter(torch.empty(local)) if bias else None
         if self.bias is not None:
-            mark_sharded(self.bias, 0, group, (out_features,), blocks=blocks, padding=padding)
+            mark_sharded(self.bias, 0, group, (out_features,), blocks=equal_blocks, padding=padding)
             mark_init(self.bias, "zeros")
 
     def forward(self, input: Tensor) -> Tensor:

@@ -2,11 +2,16 @@
 
 Layers mark their parameters when they make them; initialisation, checkpoints and conversion read the marks. Marks are
 attributes of the parameter, so they live as long as it does and survive `.to()`, casts and partitioning by an engine.
+
+An entry of a logical tensor is on one tensor rank, or on all of them; never on some. Engines know no third kind: when
+they add up a gradient norm, they count a divided parameter on every rank and any other on the first. A layer that uses
+an entry on several ranks but not on all therefore owns it on one of them and exchanges what it computes from it (see
+`QueryKeyValueLinear`), so that norms, optimizer states and checkpoints are those of one rank without further care.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -29,8 +34,12 @@ class Sharding:
         dim: the dimension that is divided over the ranks; None when every rank holds the whole tensor.
         num_shards: number of ranks it is divided over.
         rank: which shard is this process's.
-        blocks: equal blocks that lie one after the other along `dim`, each divided over the ranks for itself. The
-            fused gate-and-up product has two: the logical tensor is [gate; up] and rank r holds [gate_r; up_r].
+        blocks: relative sizes of blocks that lie one after the other along `dim`, each divided over the ranks for
+            itself. The fused gate-and-up product has (1, 1): the logical tensor is [gate; up] and rank r holds
+            [gate_r; up_r].
+        groups: how often the blocks repeat along `dim`. Whole groups go to the ranks as far as there are enough; where
+            there are more ranks than groups, the blocks of a group are divided over the ranks that share it. The fused
+            query, key and value product has one group for each key/value head, of the blocks (its query heads, 2).
         padding: how many entries at the end of `dim` hold nothing: vocabulary rows that no token uses. They start as
             zeros, whatever the initialisation, and exports leave them out. Set also when there is but one shard.
     """
@@ -39,7 +48,8 @@ class Sharding:
     dim: int | None
     num_shards: int = 1
     rank: int = 0
-    blocks: int = 1
+    blocks: tuple[int, ...] = (1,)
+    groups: int = 1
     padding: int = 0
 
 
@@ -49,7 +59,8 @@ def mark_sharded(
     group: Group,
     logical_shape: Sequence[int],
     *,
-    blocks: int = 1,
+    blocks: tuple[int, ...] = (1,),
+    groups: int = 1,
     padding: int = 0,
 ) -> None:
     """Record that `param` is this rank's shard of a tensor of `logical_shape`, divided over `group` along `dim`.
@@ -64,6 +75,7 @@ def mark_sharded(
         num_shards=group.size,
         rank=group.rank,
         blocks=blocks,
+        groups=groups,
         padding=padding,
     )
     if group.size > 1:
@@ -112,7 +124,7 @@ def init_of(param: nn.Parameter) -> InitKind:
 
 
 def slice_of(logical: Tensor, sharding: Sharding, rank: int | None = None) -> Tensor:
-    """Return the shard of `rank` (this process's own by default) of a logical tensor; a view where there is one block.
+    """Return the shard of `rank` (this process's own by default) of a logical tensor; a view where it is one piece.
 
     Raises:
         ValueError: `logical` has not the logical shape.
@@ -122,8 +134,7 @@ def slice_of(logical: Tensor, sharding: Sharding, rank: int | None = None) -> Te
     if sharding.dim is None or sharding.num_shards == 1:
         return logical
     rank = sharding.rank if rank is None else rank
-    blocks = logical.chunk(sharding.blocks, dim=sharding.dim)
-    parts = [block.chunk(sharding.num_shards, dim=sharding.dim)[rank] for block in blocks]
+    parts = [logical.narrow(sharding.dim, start, length) for start, length in _pieces(sharding, sharding.dim, rank)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=sharding.dim)
 
 
@@ -131,8 +142,36 @@ def join_shards(shards: Sequence[Tensor], sharding: Sharding) -> Tensor:
     """Return the logical tensor made of the shards of all ranks, in order of rank; the inverse of `slice_of`."""
     if sharding.dim is None or sharding.num_shards == 1:
         return shards[0]
-    parts = [shard.chunk(sharding.blocks, dim=sharding.dim) for shard in shards]
-    return torch.cat([part[block] for block in range(sharding.blocks) for part in parts], dim=sharding.dim)
+    logical = shards[0].new_empty(sharding.logical_shape)
+    for rank, shard in enumerate(shards):
+        taken = 0
+        for start, length in _pieces(sharding, sharding.dim, rank):
+            logical.narrow(sharding.dim, start, length).copy_(shard.narrow(sharding.dim, taken, length))
+            taken += length
+    return logical
+
+
+def _pieces(sharding: Sharding, dim: int, rank: int) -> Iterator[tuple[int, int]]:
+    """Start and length along `dim` of each piece of the logical tensor that `rank` holds, in the order it holds them.
+
+    Raises:
+        ValueError: the ranks and the groups do not divide one another.
+    """
+    ranks, groups = sharding.num_shards, sharding.groups
+    group_length = sharding.logical_shape[dim] // groups
+    if groups % ranks == 0:
+        length = groups // ranks * group_length
+        yield rank * length, length  # whole groups, which are neighbours
+        return
+    if ranks % groups:
+        raise ValueError(f"{groups} groups and {ranks} ranks do not divide one another: {sharding}")
+    index, part = divmod(rank, ranks // groups)
+    start = index * group_length
+    for block in sharding.blocks:
+        block_length = group_length * block // sum(sharding.blocks)
+        length = block_length // (ranks // groups)
+        yield start + part * length, length
+        start += block_length
 
 
 def divide(count: int, group: Group, what: str) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,8 @@ from megatron.data.gpt_dataset import SampleDataset
 from megatron.data.loader import build_loader
 from megatron.data.tokenizer.build import build_tokenizer
 from megatron.data.tokenizer.interface import Tokenizer
-from megatron.engine.flat import build_flat_engine
 from megatron.engine.interface import Engine
 from megatron.engine.launch import RankEnvironment, start
-from megatron.engine.pipeline import build_pipeline_engine, build_stage
 from megatron.engine.settings import build_settings
 from megatron.kernels.attention.interface import AttentionBackend, AttentionRequest
 from megatron.kernels.attention.pick import pick_attention
@@ -37,8 +35,9 @@ from megatron.model.gpt import GPT, padded_vocab_size
 from megatron.model.init import initialize_parameters
 from megatron.parallel.groups import ParallelGroups, create_groups
 from megatron.parallel.mesh import Mesh
-from megatron.parallel.partition import balance_blocks
 from megatron.parallel.random import RandomStreams, seed_everything
+from megatron.parallel.sharding import describe_sharding
+from megatron.parallel.ulysses import sequence_shard
 from megatron.training.batch_size import BatchSize
 from megatron.training.checkpoint import (
     CheckpointError,
@@ -52,6 +51,7 @@ from megatron.training.control import Control
 from megatron.training.metrics import SpeedModel, peak_tflops
 from megatron.training.param_groups import build_param_groups
 from megatron.training.params_norm import params_norm
+from megatron.training.pipeline import balance_stages, describe_pipeline
 from megatron.training.report import Reporter, build_reporter
 from megatron.training.resume import check_fits, check_layout
 from megatron.training.schedule import build_learning_rate, build_weight_decay, training_length
@@ -108,7 +108,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         if resume is not None:
             _restore(resume, engine, place, with_streams=not config.checkpoint.no_load_rng)
         reporter.start({"world_size": place.groups.world.size, **state.to_json()})
-        open_batches = partial(_open_batches, config, place, _batch_options(config, tokenizer, attention))
+        open_batches = partial(_open_batches, config, place, _batch_options(config, place, tokenizer, attention))
         signals = SignalFlag(enabled=config.training.exit_signal_handler)
         return Trainer(
             plan,
@@ -120,7 +120,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
             signals=signals,
             reporter=reporter,
             checkpoints=_build_checkpoints(config, place),
-            params_norm=partial(params_norm, engine.module, place.control, place.groups.data.size)
+            params_norm=partial(params_norm, engine.module, place.groups, place.control)
             if config.reporting.log_params_norm
             else None,
             resources=resources.pop_all(),
@@ -137,6 +137,7 @@ def build_model(
             vocab_size=vocab_size,
             groups=groups,
             attention=attention,
+            sequence_parallel=config.parallel.sequence_parallel,
             recompute_granularity=config.kernels.recompute_granularity,
             recompute_num_layers=config.kernels.recompute_num_layers,
         )
@@ -144,23 +145,17 @@ def build_model(
 
 
 def with_partition(config: RunConfig, vocab_size: int) -> RunConfig:
-    """Divide the blocks over the pipeline stages, where there are some and the flags leave it open.
-
-    All stages are to work equally long, counted in floating-point operations: the output head is worth some blocks, the
-    lookup of embeddings none.
-    """
-    parallel, model, seq_length = config.parallel, config.model, config.data.seq_length
+    """Divide the blocks over the pipeline stages, where there are some and the flags leave it open."""
+    parallel, model = config.parallel, config.model
     if parallel.pipeline_model_parallel_size == 1 or parallel.pipeline_partition is not None:
         return config
-    rows = padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by)
-    blocks = model_flops_per_token(model, 0, seq_length)
-    head = model_flops_per_token(model, rows, seq_length) - blocks
-    counts = balance_blocks(
-        model.num_layers, parallel.pipeline_model_parallel_size, last=head / (blocks / model.num_layers)
+    counts = balance_stages(
+        model,
+        padded_vocab_size=padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by),
+        seq_length=config.data.seq_length,
+        num_stages=parallel.pipeline_model_parallel_size,
     )
-    return dataclasses.replace(
-        config, parallel=dataclasses.replace(parallel, pipeline_partition=",".join(map(str, counts)))
-    )
+    return replace(config, parallel=replace(parallel, pipeline_partition=",".join(map(str, counts))))
 
 
 def build_plan(config: RunConfig, vocab_size: int, place: Place) -> Plan:
@@ -245,7 +240,7 @@ def _find_resume(config: RunConfig, place: Place, say: Callable[[str], None]) ->
     if path is None:
         return None
     saved = read_checkpoint(path)
-    check_layout(saved.state, data_parallel_size=place.groups.data.size)
+    check_layout(saved.state, _layout(place))
     changes = check_fits(saved.config, json.loads(json.dumps(config.to_json())))
     state = TrainState.from_json(saved.state["counters"])
     say(f" resuming {path}: iteration {state.iteration}, {state.consumed_samples} samples")
@@ -287,7 +282,7 @@ def _open_datasets(
     )
 
 
-def _batch_options(config: RunConfig, tokenizer: Tokenizer, attention: AttentionBackend) -> BatchOptions:
+def _batch_options(config: RunConfig, place: Place, tokenizer: Tokenizer, attention: AttentionBackend) -> BatchOptions:
     return BatchOptions(
         eod_id=tokenizer.eod_id,
         reset_position_ids=config.data.reset_position_ids,
@@ -295,6 +290,7 @@ def _batch_options(config: RunConfig, tokenizer: Tokenizer, attention: Attention
         eod_mask_loss=config.data.eod_mask_loss,
         dense_mask=attention.dense_document_mask,
         vocab_size=tokenizer.vocab_size,
+        positions=sequence_shard(config.data.seq_length, place.groups.ulysses),
     )
 
 
@@ -328,12 +324,16 @@ def _held_out(
 
 
 def _build_flat(config: RunConfig, model: GPT, place: Place) -> Engine:
+    from megatron.engine.flat import build_flat_engine  # DeepSpeed prints when it is imported; `start` has, quietly
+
     _initialize(config, model)
     groups = build_param_groups(model.named_parameters())
     return build_flat_engine(model, groups, _settings(config, place), place.groups, place.device)
 
 
 def _build_pipeline(config: RunConfig, model: GPT, place: Place) -> Engine:
+    from megatron.engine.pipeline import build_pipeline_engine, build_stage
+
     stage = build_stage(model, config.parallel.stage_blocks or (), place.groups, place.device)
     _initialize(config, stage)
     groups = build_param_groups(stage.named_parameters())
@@ -361,38 +361,40 @@ def _build_checkpoints(config: RunConfig, place: Place) -> CheckpointWriter | No
     return CheckpointWriter(
         Path(config.checkpoint.save),
         config=config.to_json(),
-        layout={"data_parallel_size": place.groups.data.size},
+        layout=_layout(place),
         control=place.control,
         streams=place.streams,
         keep_last=config.checkpoint.keep_last,
     )
 
 
+def _layout(place: Place) -> dict[str, int]:
+    """Give the degrees of the mesh, over which a checkpoint's files are split."""
+    groups = place.groups
+    return {
+        "data_parallel_size": groups.data.size,
+        "tensor_model_parallel_size": groups.tensor.size,
+        "pipeline_model_parallel_size": groups.pipeline.size,
+        "ds_sequence_parallel_size": groups.ulysses.size,
+    }
+
+
 def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, attention: str) -> Iterator[str]:
     """Say once, at the start, what was chosen."""
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(math.prod(sharding.logical_shape) for sharding in describe_sharding(model).values())
     training = config.training
     yield (
         f" {size:,} parameters, {training.precision}, ZeRO-{config.engine.zero_stage}, "
         f"{place.groups.world.size} x {place.device.type}, torch {torch.__version__}"
     )
+    if layout := [f"{name} {size}" for name, size in _layout(place).items() if size > 1]:
+        shards = ", sequence_parallel" if config.parallel.sequence_parallel else ""
+        yield f" layout: {', '.join(layout)}{shards}"
     yield f" attention: {attention}"
-    yield from _describe_pipeline(config, plan)
+    if config.parallel.stage_blocks is not None:
+        yield describe_pipeline(config.parallel.stage_blocks, training.global_batch_size // plan.samples_per_micro_step)
     if plan.total_samples is not None:
         yield (
             f" training: {plan.total_iterations} iterations of {training.global_batch_size} x {config.data.seq_length} "
             f"tokens, {plan.total_samples * config.data.seq_length:,} tokens in all"
         )
-
-
-def _describe_pipeline(config: RunConfig, plan: Plan) -> Iterator[str]:
-    counts = config.parallel.stage_blocks
-    if counts is None:
-        return
-    micro_batches = config.training.global_batch_size // plan.samples_per_micro_step
-    waiting = (len(counts) - 1) / (micro_batches + len(counts) - 1)
-    advice = "; a larger --global-batch-size lowers that" if micro_batches < 4 * len(counts) else ""
-    yield (
-        f" pipeline: stages of {', '.join(map(str, counts))} blocks; with {micro_batches} micro-batches a step each "
-        f"stage waits {100 * waiting:.0f} % of the time{advice}"
-    )

@@ -96,10 +96,13 @@ class CheckpointWriter:
         target = self._root / tag_of(state.iteration)
         try:
             self._save(engine, state, target)
-        except OSError as error:
+        except CheckpointError:
+            raise
+        except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError about positions
             raise CheckpointError(
-                f"rank {self._control.rank} cannot write the checkpoint {target}: {error}; make room there or give "
-                "--save another folder, and resume from the last checkpoint"
+                f"rank {self._control.rank} cannot write the checkpoint {target} ({_free(self._root)}): "
+                f"{str(error).splitlines()[0]}; make room there or give --save another folder, and resume from the "
+                "last checkpoint, which is as it was"
             ) from error
         return target
 
@@ -313,6 +316,13 @@ def _digest(path: Path) -> dict[str, Any]:
 
 def _files(folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB free there"
+    except OSError as error:
+        return str(error)
 
 
 def _sync(file: IO[Any]) -> None:

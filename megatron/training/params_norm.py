@@ -7,27 +7,31 @@ import math
 import torch
 from torch import Tensor, nn
 
+from megatron.parallel.groups import ParallelGroups
+from megatron.parallel.sharding import sharding_of
 from megatron.training.control import Control
 
 
 @torch.no_grad()
-def params_norm(module: nn.Module, control: Control, copies: int) -> float:
+def params_norm(module: nn.Module, groups: ParallelGroups, control: Control) -> float:
     """L2 norm of the model's weights, in the dtype of the forward pass. Every rank calls it.
 
-    Args:
-        module: what this rank trains: the whole model, its ZeRO-3 shards of it, or its stage of a pipeline. A weight
-            that two stages share counts on the first.
-        control: all ranks.
-        copies: number of ranks that hold the same weights, unless ZeRO-3 shards them.
+    Each weight counts once: under ZeRO-3 the replicas add up their shards of it, otherwise the first of them counts it;
+    a weight that all tensor ranks hold alike counts on the first of these, one that two stages of a pipeline share on
+    the first stage.
     """
-    parameters = [parameter for parameter in module.parameters() if not getattr(parameter, "ds_pipe_replicated", False)]
-    shards = [_shard(parameter, control.rank) for parameter in parameters]
+    shards = [
+        _shard(parameter, groups.replicas.rank) for parameter in module.parameters() if _counts(parameter, groups)
+    ]
     own = float(torch.nn.utils.get_total_norm(shards)) if shards else 0.0
-    if any(hasattr(parameter, "ds_tensor") for parameter in parameters):
-        copies = 1
-    if copies == control.size:
-        return own
-    return math.sqrt(math.fsum(norm * norm for norm in control.gather(own)) / copies)
+    return math.sqrt(math.fsum(norm * norm for norm in control.gather(own)))
+
+
+def _counts(parameter: nn.Parameter, groups: ParallelGroups) -> bool:
+    first_tensor_rank = groups.tensor.rank == 0 or sharding_of(parameter).num_shards > 1
+    first_replica = groups.replicas.rank == 0 or hasattr(parameter, "ds_tensor")
+    first_stage = not getattr(parameter, "ds_pipe_replicated", False)
+    return first_tensor_rank and first_replica and first_stage
 
 
 def _shard(parameter: nn.Parameter, rank: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,18 +54,26 @@ def check_fits(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str
     return [change for section, change in harmless if section not in SILENT_SECTIONS]
 
 
-def check_layout(saved: Mapping[str, Any], *, data_parallel_size: int) -> None:
-    """Refuse another number of data-parallel ranks.
+def check_layout(saved: Mapping[str, Any], layout: Mapping[str, int]) -> None:
+    """Refuse another number of ranks on any axis.
+
+    Args:
+        saved: what the checkpoint says; an axis that it does not name had one rank.
+        layout: degree of each axis in this run.
 
     Raises:
-        CheckpointError: the numbers differ.
+        CheckpointError: degrees differ; names each.
     """
-    old = saved.get("data_parallel_size")
-    if old != data_parallel_size:
+    changes = [
+        f"{name.replace('_', '-')} {saved.get(name, 1)}, and this run has {size}"
+        for name, size in layout.items()
+        if saved.get(name, 1) != size
+    ]
+    if changes:
+        ranks = math.prod(int(saved.get(name, 1)) for name in layout)
         raise CheckpointError(
-            f"the checkpoint was saved with data-parallel size {old} and this run has {data_parallel_size}: optimizer "
-            f"state and random streams are split over those ranks, so that for now only the same size resumes; start "
-            f"{old} ranks"
+            f"the checkpoint was saved with {'; '.join(changes)}: weights, optimizer state and random streams are "
+            f"split over those ranks, so that for now only the same layout resumes; start {ranks} ranks in that layout"
         )
 
 

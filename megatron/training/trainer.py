@@ -184,6 +184,11 @@ class Trainer:
         if self._checkpoints is None:
             return
         self._interval.settle(self.state)
+        if self.state.nonfinite_streak:  # its weights may be spoiled, and it would push a good checkpoint out
+            self._reporter.say(
+                f" not saved: the loss or the gradient of iteration {self.state.iteration} is not finite"
+            )
+            return
         with self._timers.measure("save", part_of_step=False):
             where = self._checkpoints.save(self.engine, self.state)
         self._saved_at = self.state.iteration

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,7 +18,8 @@ from megatron.config.optimizer import OptimizerConfig
 from megatron.config.sections import RunConfig
 from megatron.config.training import TrainingConfig
 from megatron.engine.settings import build_settings
-from megatron.parallel.groups import Group, ParallelGroups
+from megatron.parallel.groups import ParallelGroups, create_groups
+from megatron.parallel.mesh import Mesh
 
 VOCABULARY, WIDTH, LENGTH = 13, 6, 5  # sizes that nothing divides, so that ZeRO has to pad
 
@@ -30,7 +33,8 @@ class ToyBatch:
     attention_mask: Tensor | None = None
 
     def to(self, device: torch.device) -> ToyBatch:
-        return self
+        moved = {name: tensor.to(device) for name, tensor in vars(self).items() if tensor is not None}
+        return dataclasses.replace(self, **moved)
 
 
 class ToyModel(nn.Module):
@@ -96,12 +100,7 @@ def run_config(
 
 def make_groups() -> ParallelGroups:
     """All running ranks are data-parallel."""
-    import torch.distributed as dist
-
-    alone = Group.alone(dist.get_rank())
-    size = dist.get_world_size()
-    data = Group(ranks=tuple(range(size)), rank=dist.get_rank(), handle=dist.group.WORLD) if size > 1 else alone
-    return ParallelGroups(world=data, pipeline=alone, data=data, ulysses=alone, tensor=alone)
+    return create_groups(Mesh(data=dist.get_world_size()), dist.get_rank())
 
 
 def split_decay(model: nn.Module) -> list[dict[str, Any]]:
@@ -123,8 +122,9 @@ def build_engine(config: RunConfig, user: dict[str, Any] | None = None, model: n
     model = model or ToyModel()
     # ZeRO-3 keeps small weights whole: in these models that would be all of them.
     user = user or {"zero_optimization": {"stage3_param_persistence_threshold": 10}}
-    settings = build_settings(config, user, data_parallel_size=groups.data.size, device_type="cpu")
-    return build_flat_engine(model, split_decay(model), settings, groups, torch.device("cpu"))
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    settings = build_settings(config, user, data_parallel_size=groups.data.size, device_type=device.type)
+    return build_flat_engine(model, split_decay(model), settings, groups, device)
 
 
 def pretend_fp16_works() -> None:

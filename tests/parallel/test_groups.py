@@ -28,11 +28,17 @@ def test_groups_are_the_lines_of_the_mesh_and_communicate_within_them():
         tensor, data = {0: ((0, 1), (0, 2)), 1: ((0, 1), (1, 3)), 2: ((2, 3), (0, 2)), 3: ((2, 3), (1, 3))}[rank]
         assert answer == {
             "world": ((0, 1, 2, 3), 6),
+            "replicas": (data, sum(data)),
             "pipeline": ((rank,), rank),
             "data": (data, sum(data)),
             "ulysses": ((rank,), rank),
             "tensor": (tensor, sum(tensor)),
         }
+
+
+def test_replicas_are_the_plane_of_data_and_ulysses():
+    answers = run_on_ranks(4, ranks_and_sums_of_each_group, Mesh(data=2, ulysses=2))
+    assert [answer["replicas"] for answer in answers] == [((0, 1, 2, 3), 6)] * 4
 
 
 def test_a_mesh_of_one_rank_needs_no_process_group():

@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from megatron.parallel.embedding import SequenceShardedPositions
 from tests.parallel import test_collectives as collectives
 from tests.parallel import test_cross_entropy as cross_entropy
 from tests.parallel import test_embedding as embedding
 from tests.parallel import test_linear as linear
+from tests.parallel import test_qkv as qkv
 from tests.parallel import test_recompute as recompute
+from tests.parallel import test_ulysses as ulysses
 from tests.ranks import run_on_ranks
 
 
@@ -31,6 +34,14 @@ def on_gpu(check, *args):
         (embedding.embedding_matches_dense, (False,)),
         (embedding.embedding_matches_dense, (True,)),
         (embedding.positions_match_dense, (True,)),
+        (embedding.positions_match_dense, (False, SequenceShardedPositions)),
+        (embedding.positions_match_dense, (True, SequenceShardedPositions)),
+        (qkv.grouped_attention_matches_dense, (1, False)),
+        (qkv.grouped_attention_matches_dense, (1, True)),
+        (qkv.grouped_attention_matches_dense, (2, True)),
+        (ulysses.attention_matches_dense, (4, 2)),
+        (ulysses.attention_matches_dense, (4, 1)),
+        (ulysses.trades, ()),
         (cross_entropy.matches_torch, (12,)),
         (cross_entropy.matches_torch, (20,)),
         (recompute.recompute_changes_nothing_on_ranks, ()),

@@ -31,7 +31,8 @@ def groups_of(mesh: Mesh, rank: int) -> ParallelGroups:
         return Group(ranks=ranks, rank=ranks.index(rank), handle=None)
 
     along = {axis: group(mesh.ranks_of(axis, rank)) for axis in AXES}
-    return ParallelGroups(world=group(tuple(range(mesh.world_size))), **along)
+    (replicas,) = (ranks for ranks in mesh.lines("data", "ulysses") if rank in ranks)
+    return ParallelGroups(world=group(tuple(range(mesh.world_size))), replicas=group(replicas), **along)
 
 
 def draws() -> tuple[float, float, float]:

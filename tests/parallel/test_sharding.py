@@ -36,8 +36,8 @@ def test_every_parameter_says_which_part_of_which_logical_tensor_it_is():
     two = {"num_shards": 2, "rank": 1}
     assert describe_sharding(layers(SECOND_OF_TWO)) == {
         "words.weight": Sharding(logical_shape=(10, 4), dim=0, padding=1, **two),
-        "gate_up.weight": Sharding(logical_shape=(8, 4), dim=0, blocks=2, **two),
-        "gate_up.bias": Sharding(logical_shape=(8,), dim=0, blocks=2, **two),
+        "gate_up.weight": Sharding(logical_shape=(8, 4), dim=0, blocks=(1, 1), **two),
+        "gate_up.bias": Sharding(logical_shape=(8,), dim=0, blocks=(1, 1), **two),
         "down.weight": Sharding(logical_shape=(6, 4), dim=1, **two),
         "down.bias": Sharding(logical_shape=(6,), dim=None),
     }
@@ -66,18 +66,32 @@ def test_only_divided_parameters_count_on_every_rank_in_the_gradient_norm():
 
 
 @pytest.mark.parametrize("dim", [None, 0, 1])
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_shards_reassemble_to_the_logical_tensor(dim, blocks):
-    whole = logical(0, 8, 12)
-    sharding = Sharding(logical_shape=(8, 12), dim=dim, num_shards=2, blocks=blocks)
-    assert torch.equal(join_shards([slice_of(whole, sharding, rank) for rank in range(2)], sharding), whole)
+@pytest.mark.parametrize(("blocks", "groups"), [((1,), 1), ((1, 1), 1), ((2, 1), 1), ((2, 1), 2), ((1, 2), 4)])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_shards_reassemble_to_the_logical_tensor(dim, blocks, groups, ranks):
+    whole = logical(0, 48, 24)
+    sharding = Sharding(logical_shape=(48, 24), dim=dim, num_shards=ranks, blocks=blocks, groups=groups)
+    assert torch.equal(join_shards([slice_of(whole, sharding, rank) for rank in range(ranks)], sharding), whole)
 
 
 def test_a_rank_holds_its_part_of_each_block():
     rows = torch.arange(8)
-    sharding = Sharding(logical_shape=(8,), dim=0, num_shards=2, rank=1, blocks=2)
+    sharding = Sharding(logical_shape=(8,), dim=0, num_shards=2, rank=1, blocks=(1, 1))
     assert slice_of(rows, sharding).tolist() == [2, 3, 6, 7]
-    assert slice_of(rows, dataclasses.replace(sharding, blocks=1)).tolist() == [4, 5, 6, 7]
+    assert slice_of(rows, dataclasses.replace(sharding, blocks=(1,))).tolist() == [4, 5, 6, 7]
+
+
+def test_ranks_hold_whole_groups_while_there_are_enough_and_then_parts_of_each_block_of_one():
+    rows = torch.arange(12)  # two groups of four and two rows
+    two = Sharding(logical_shape=(12,), dim=0, num_shards=2, blocks=(2, 1), groups=2)
+    four = dataclasses.replace(two, num_shards=4)
+    assert [slice_of(rows, two, rank).tolist() for rank in (0, 1)] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]
+    assert [slice_of(rows, four, rank).tolist() for rank in (0, 3)] == [[0, 1, 4], [8, 9, 11]]
+
+
+def test_groups_and_ranks_that_do_not_divide_one_another_are_refused():
+    with pytest.raises(ValueError, match="2 groups and 3 ranks do not divide one another"):
+        slice_of(torch.ones(12), Sharding(logical_shape=(12,), dim=0, num_shards=3, groups=2))
 
 
 def test_a_tensor_of_another_shape_is_not_sliced():

@@ -237,3 +237,15 @@ def test_ranks_agree_on_the_checkpoint(tmp_path):
     names = sorted([*names, "config.json", "manifest.json", "state.json"])
     expected = [("step_0000001", int(rank == 0), names) for rank in range(3)]
     assert run_on_ranks(3, save_and_damage, tmp_path) == expected
+
+
+class FullDiskEngine(FakeEngine):
+    def save(self, directory):
+        raise RuntimeError("unexpected pos 576 vs 534\nframe #0: ...")
+
+
+def test_full_disk_leaves_the_last_checkpoint(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"step_0000002 \(\d+\.\d MiB free there\): unexpected pos 576 vs 534;"):
+        writer(tmp_path).save(FullDiskEngine(), TrainState(iteration=2))
+    assert find(tmp_path) == (tmp_path / "step_0000001", [])

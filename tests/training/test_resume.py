@@ -37,6 +37,14 @@ def test_what_may_change_is_listed():
 
 
 def test_other_number_of_data_parallel_ranks_is_refused():
-    check_layout({"data_parallel_size": 2}, data_parallel_size=2)
-    with pytest.raises(CheckpointError, match=r"data-parallel size 2 and this run has 4.*start 2 ranks"):
-        check_layout({"data_parallel_size": 2}, data_parallel_size=4)
+    check_layout({"data_parallel_size": 2}, {"data_parallel_size": 2})
+    with pytest.raises(CheckpointError, match=r"data-parallel-size 2, and this run has 4.*start 2 ranks"):
+        check_layout({"data_parallel_size": 2}, {"data_parallel_size": 4})
+
+
+def test_each_axis_that_differs_is_named():
+    saved = {"data_parallel_size": 1, "tensor_model_parallel_size": 2}
+    with pytest.raises(
+        CheckpointError, match=r"data-parallel-size 1, and this run has 2; tensor-model-parallel-size 2"
+    ):
+        check_layout(saved, {"data_parallel_size": 2, "tensor_model_parallel_size": 1})

@@ -76,7 +76,8 @@ def outcomes_of_one_rank(folder):
     )
     found["kill switch"] = code, folders("switched")
     bad = ["--lr", "1e30", "--min-lr", "1e30", "--lr-decay-style", "constant", "--lr-warmup-iters", "0"]
-    found["bad"] = run([*flags, *bad, "--save", str(folder / "bad"), "--max-nonfinite-steps", "3"]), folders("bad")
+    bad += ["--save", str(folder / "bad"), "--save-interval", "1", "--max-nonfinite-steps", "3"]
+    found["bad"] = run([*flags, *bad]), folders("bad")
     found["bad losses"] = losses(folder / "bad")
     return found
 
@@ -121,7 +122,7 @@ def test_kill_switch_saves_and_leaves_with_0(outcomes):
     assert outcomes["kill switch"] == (0, ["step_0000003"])
 
 
-def test_streak_of_bad_steps_leaves_with_17_and_saves_nothing(outcomes):
-    assert outcomes["bad"] == (17, [])
+def test_streak_of_bad_steps_leaves_with_17_and_no_bad_step_is_saved(outcomes):
+    assert outcomes["bad"] == (17, ["step_0000001"])
     assert list(outcomes["bad losses"].values())[-3:] == ["none"] * 3
     assert outcomes["bad losses"][1] != "none"

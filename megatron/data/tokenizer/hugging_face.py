@@ -52,8 +52,9 @@ class HuggingFaceTokenizer:
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text; on more threads where TOKENIZERS_PARALLELISM does not forbid it."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Ids of each text."""
+        encode = self._tokenizer.encode_batch_fast  # without offsets; with one text, on one thread
+        return [encode([text], add_special_tokens=False)[0].ids for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens included."""

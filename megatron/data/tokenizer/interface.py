@@ -10,7 +10,7 @@ class Tokenizer(Protocol):
     """Text to token ids and back.
 
     `encode` adds no token of its own (no begin, no end) and takes every text that is valid Unicode; who wants an end
-    of document appends `eod_id`.
+    of document appends `eod_id`. Both encoders keep one core busy: more cores are used by more processes.
 
     Attributes:
         name: the value of `--tokenizer-type` that builds it.
