@@ -1,6 +1,6 @@
 """Rules of the layout over ranks and of DeepSpeed's engine."""
 
-# ruff: noqa: D401, D404 - the docstring of a rule states what holds, not what the function does
+# ruff: noqa: D401 - the docstring of a rule states what holds, not what the function does
 
 from __future__ import annotations
 
@@ -14,15 +14,6 @@ from megatron.config.parallel import ParallelConfig
 from megatron.config.training import TrainingConfig
 
 AXES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "ds_sequence_parallel_size")
-
-
-def layouts_have_one_stage_for_now(parallel: ParallelConfig) -> Iterator[str]:
-    """This version splits layers and batches over ranks, not the sequence of layers."""
-    if parallel.pipeline_model_parallel_size != 1:
-        yield (
-            f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}: this version has no pipeline; "
-            f"leave it at 1; --tensor-model-parallel-size or --zero-stage 3 split a model that is too large."
-        )
 
 
 def tensor_ranks_divide_the_model(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
@@ -106,3 +97,52 @@ def host_optimizer_needs_zero(engine: EngineConfig) -> Iterator[str]:
     """DeepSpeed offloads the optimizer under ZeRO only."""
     if engine.cpu_optimizer and engine.zero_stage == 0:
         yield "--cpu-optimizer needs ZeRO, but --zero-stage is 0: use --zero-stage 1, 2 or 3."
+
+
+def stages_hold_blocks(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+    """Every pipeline stage has at least one block."""
+    stages = parallel.pipeline_model_parallel_size
+    if stages > model.num_layers:
+        yield (
+            f"--pipeline-model-parallel-size {stages} is more than --num-layers {model.num_layers}: each stage needs a "
+            f"block; use at most {model.num_layers} stages."
+        )
+
+
+def partition_fits_model_and_stages(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+    """The partition names one positive number of blocks for each stage, all blocks in sum."""
+    text, stages = parallel.pipeline_partition, parallel.pipeline_model_parallel_size
+    if text is None:
+        return
+    said = f"--pipeline-partition {text}"
+    if stages == 1:
+        yield f"{said} has no effect with --pipeline-model-parallel-size 1: raise that, or drop the partition."
+        return
+    try:
+        counts = parallel.stage_blocks or ()
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        yield f"{said} must be positive whole numbers with commas between them, the blocks of each stage: 6,8,8,2."
+    elif len(counts) != stages:
+        yield f"{said} names {len(counts)} stages, but --pipeline-model-parallel-size is {stages}: name that many."
+    elif sum(counts) != model.num_layers:
+        yield f"{said} has {sum(counts)} blocks, but --num-layers is {model.num_layers}: they must be equal."
+
+
+def pipeline_has_zero_1(
+    parallel: ParallelConfig, engine: EngineConfig, world_size: int | None, data_parallel_size: int
+) -> Iterator[str]:
+    """DeepSpeed's pipeline works with ZeRO-1, and takes a wrong gradient norm without ZeRO."""
+    stages, stage = parallel.pipeline_model_parallel_size, engine.zero_stage
+    if stages == 1 or stage == 1:
+        return
+    said = f"--zero-stage {stage} with --pipeline-model-parallel-size {stages}"
+    if stage == 0:
+        yield f"{said}: DeepSpeed clips by the gradient norm of the first pipeline stage alone; use --zero-stage 1."
+        return
+    ranks = f" over {stages * data_parallel_size} data-parallel ranks" if world_size else ""
+    yield (
+        f"{said}: DeepSpeed's pipeline shards optimizer state only; use --zero-stage 1 with these {stages} stages, or "
+        f"--pipeline-model-parallel-size 1 with --zero-stage {stage}{ranks}."
+    )

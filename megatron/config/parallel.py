@@ -16,6 +16,11 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = flag(1, range=at_least(1), help="ranks that share each layer's weights")
     pipeline_model_parallel_size: int = flag(1, range=at_least(1), help="ranks that share the sequence of layers")
+    pipeline_partition: str | None = flag(
+        None,
+        metavar="N,N,...",
+        help="blocks of each pipeline stage, as in 6,8,8,2 (default: equal work, the output head counted)",
+    )
     ds_sequence_parallel_size: int = flag(1, range=at_least(1), help="ranks that share each sequence (Ulysses)")
     sequence_parallel: bool = flag(
         False, help="shard the activations outside the sharded products over the tensor ranks (Megatron's)"
@@ -23,3 +28,14 @@ class ParallelConfig:
     distributed_timeout_minutes: float = flag(
         10.0, range=POSITIVE, help="minutes a rank waits for the others before it gives up"
     )
+
+    @property
+    def stage_blocks(self) -> tuple[int, ...] | None:
+        """Blocks of each stage, as `pipeline_partition` says; None when it is not given.
+
+        Raises:
+            ValueError: it is no list of whole numbers.
+        """
+        if self.pipeline_partition is None:
+            return None
+        return tuple(int(word) for word in self.pipeline_partition.split(","))

@@ -50,23 +50,35 @@ def build_flat_engine(
     Raises:
         ConfigError: DeepSpeed refuses a setting.
     """
+    engine, linear = initialize(model, param_groups, settings, DeepSpeedGroups(groups))
+    return FlatEngine(engine, groups, device, linear)
+
+
+def initialize(
+    module: nn.Module, param_groups: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], mpu: Any = None
+) -> tuple[Any, Any]:
+    """Call `deepspeed.initialize`; returns its engine, and `torch.nn.functional.linear` as it was before.
+
+    Raises:
+        ConfigError: DeepSpeed refuses a setting.
+    """
     # DeepSpeed's collectives go by names that torch 2.13 renamed, which it would say at each call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     linear = F.linear
     try:
         with quiet_stdout():
             engine, *_ = deepspeed.initialize(
-                model=model,
+                model=module,
                 model_parameters=[dict(group) for group in param_groups],
                 config=copy.deepcopy(dict(settings)),
-                mpu=DeepSpeedGroups(groups),
+                mpu=mpu,
                 dist_init_required=False,
             )
     except pydantic.ValidationError as error:
         raise ConfigError(
             [f"--deepspeed_config: {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         ) from error
-    return FlatEngine(engine, groups, device, linear)
+    return engine, linear
 
 
 class FlatEngine:
@@ -99,12 +111,10 @@ class FlatEngine:
         """See `Engine.train_step`."""
         if not micro_batches:
             raise ValueError("a step needs at least one micro-batch")
-        for group in self._param_groups:
-            group["lr"] = learning_rate * group.get("lr_mult", 1.0)
-            group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+        self._write_rates(learning_rate, weight_decay)
         tokens = self._count_tokens(micro_batches).clamp(min=1)
         weight = (self._replicas.size / tokens).float()
-        loss_scale = float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
+        loss_scale = self._loss_scale
         loss_sum = torch.zeros((), device=self.device)
         for index, micro_batch in enumerate(micro_batches):
             # Said by hand, since DeepSpeed counts with the batch size it was built with, and that may grow.
@@ -168,6 +178,15 @@ class FlatEngine:
     def _scaler(self) -> Any:
         return getattr(self._engine.optimizer, "loss_scaler", None) if self._engine.fp16_enabled() else None
 
+    @property
+    def _loss_scale(self) -> float:
+        return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else 1.0
+
+    def _write_rates(self, learning_rate: float, weight_decay: float) -> None:
+        for group in self._param_groups:
+            group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+            group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
     def _forward(self, micro_batch: MicroBatch) -> Tensor:
         batch = micro_batch.to(self.device)
         loss: Tensor = self._engine(
@@ -202,7 +221,7 @@ class FlatEngine:
         if isinstance(scaler, DynamicLossScaler):
             self._step_before_growth(scaler)
         else:
-            self._engine.step()
+            self._advance()
         norm = torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
         skipped = not self._engine.was_step_applied()
         optimizer = self._engine.optimizer
@@ -217,12 +236,16 @@ class FlatEngine:
         DeepSpeed grows it first and divides the gradients by the new value, so that each growth halves one update.
         """
         window, scaler.scale_window = scaler.scale_window, sys.maxsize
-        self._engine.step()
+        self._advance()
         scaler.scale_window = window
         good_steps = scaler.cur_iter - scaler.last_overflow_iter - 2  # cur_iter counts this step already
         if good_steps > 0 and good_steps % window == 0:
             scaler.cur_scale *= scaler.scale_factor
             scaler.cur_hysteresis = scaler.delayed_shift
+
+    def _advance(self) -> None:
+        """Let DeepSpeed take the step."""
+        self._engine.step()
 
     def _step_unsharded(self) -> tuple[Tensor, bool]:
         """Step without ZeRO, where DeepSpeed has the bare optimizer: it neither tells the norm nor skips a step."""
@@ -247,12 +270,16 @@ class FlatEngine:
     def _model_file(self, directory: Path) -> Path:
         return Path(self._engine._get_ckpt_name(str(directory.parent), directory.name))
 
-    def _require_files(self, directory: Path) -> None:
-        """Raise on all ranks together when one of them lacks a file: DeepSpeed would let the others go on alone."""
+    def _files(self, directory: Path) -> list[Path]:
+        """List what this rank reads of a checkpoint."""
         files = [self._model_file(directory)]
         if self._sharded:
             files.append(Path(self._engine._get_zero_ckpt_name(str(directory.parent), directory.name)))
-        missing = [file for file in files if not file.is_file()]
+        return files
+
+    def _require_files(self, directory: Path) -> None:
+        """Raise on all ranks together when one of them lacks a file: DeepSpeed would let the others go on alone."""
+        missing = [file for file in self._files(directory) if not file.is_file()]
         lacking = torch.tensor(float(bool(missing)), device=self.device)
         dist.all_reduce(lacking)
         if lacking.item():
@@ -266,23 +293,26 @@ class FlatEngine:
         """Raise when the optimizer's state in the files is cut or kept in another way than this engine's."""
         content = read_file(self._model_file(directory), mmap=True)
         then = _describe_layout(content["ds_config"], content["dp_world_size"], content["mp_world_size"])
-        now = _describe_layout(self._engine.config, self._replicas.size, self._tensor.size)
+        now = _describe_layout(self._engine.config, self._replicas.size, self._engine.mp_world_size)
         changes = [f"{name} {then[name]}, not {now[name]}" for name in now if then[name] != now[name]]
         if changes:
             raise CheckpointError(f"checkpoint {directory} was saved with {', '.join(changes)}: resume with the same")
 
 
-def _describe_layout(settings: Mapping[str, Any], replicas: int, tensor_ranks: int) -> dict[str, Any]:
+def _describe_layout(settings: Mapping[str, Any], replicas: int, model_ranks: int) -> dict[str, Any]:
     """Name what must not change between saving and loading an engine's state."""
     zero = settings["zero_optimization"]
+    partition = settings["pipeline"].get("partition")
+    num_stages = len(partition.split(",")) if partition else 1
     return {
         "data-parallel size": replicas,
-        "--tensor-model-parallel-size": tensor_ranks,
+        "--tensor-model-parallel-size": model_ranks // num_stages,
         "--zero-stage": zero["stage"],
         "--precision": next((name for name in ("bf16", "fp16") if settings[name]["enabled"]), "fp32"),
         "gradients summed in": settings["data_types"]["grad_accum_dtype"],
         "--cpu-optimizer": (zero.get("offload_optimizer") or {}).get("device") == "cpu",
         "--optimizer": settings["optimizer"]["type"],
+        "--pipeline-partition": partition,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +11,46 @@ from torch import Tensor
 
 from megatron.engine.checkpoint_files import read_file
 from megatron.engine.interface import CheckpointError
+from megatron.model.gpt import TIED_EMBEDDING
 
 REPLICATED = "mp_rank_00_model_states.pt"
+LAYER = "layer_{}-model_{}-model_states.pt"
 SHARDED = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
 
 
 def load_module_weights(directory: Path) -> dict[str, Tensor]:
-    """Read the whole model's weights from what `Engine.save` wrote, whatever its ZeRO stage.
+    """Read the whole model's weights from what `Engine.save` wrote, whatever its ZeRO stage or number of stages.
 
     Returns:
         name of parameter -> tensor on the CPU in the dtype of the forward pass.
 
     Raises:
-        CheckpointError: files are missing or damaged, or the weights are split over tensor or pipeline ranks.
+        CheckpointError: files are missing or damaged, or the weights are split over tensor ranks.
     """
-    if (directory / REPLICATED.replace("_00_", "_01_")).exists():
-        raise CheckpointError(
-            f"{directory} holds weights that are split over tensor or pipeline ranks: convert it first"
-        )
+    layers = sorted(directory.glob(LAYER.format("*", "00")))
+    ranks = REPLICATED.replace("_00_", "_01_")
+    if (directory / (LAYER.format("00", "01") if layers else ranks)).exists():
+        raise CheckpointError(f"{directory} holds weights that are split over tensor ranks: convert it first")
+    if layers:
+        return _merge_layers(directory, layers)
     if (directory / REPLICATED).exists():
         module: dict[str, Tensor] = read_file(directory / REPLICATED, mmap=True)["module"]
         return dict(module)
     if (directory / SHARDED.format(0)).exists():
         return _merge_shards(directory)
     raise CheckpointError(f"{directory} holds no model weights: neither {REPLICATED} nor {SHARDED.format(0)} is there")
+
+
+def _merge_layers(directory: Path, files: Sequence[Path]) -> dict[str, Tensor]:
+    """Put a pipeline's weights together: one file a layer, with names inside of it."""
+    groups = read_file(directory / REPLICATED, mmap=True)["param_shapes"]  # of the first stage, under their full names
+    tied = any(name.startswith(f"{TIED_EMBEDDING}.") for shapes in groups for name in shapes)
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        index = int(file.name.split("_")[1].partition("-")[0])
+        prefix = TIED_EMBEDDING if tied and index == 0 else str(index)
+        weights |= {f"{prefix}.{name}": weight for name, weight in read_file(file, mmap=True).items()}
+    return weights
 
 
 def _merge_shards(directory: Path) -> dict[str, Tensor]:

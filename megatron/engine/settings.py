@@ -38,6 +38,8 @@ def build_settings(
     settings = _from_flags(config, data_parallel_size, device_type)
     if user:
         problems = list(merge_user_settings(settings, user))
+        if config.parallel.pipeline_model_parallel_size > 1:
+            problems += _find_pipeline_conflicts(settings)
         if problems:
             raise ConfigError(problems)
     # To DeepSpeed the Ulysses ranks are data-parallel ones (see `mpu.DeepSpeedGroups`), each with samples of its own.
@@ -65,6 +67,20 @@ def _find_unsupported(config: RunConfig, data_parallel_size: int) -> Iterator[st
         yield f"--initial-loss-scale {training.initial_loss_scale} must be a power of two"
     if training.precision == "fp16" and not float(training.min_loss_scale).is_integer():
         yield f"--min-loss-scale {training.min_loss_scale} must be a whole number"
+
+
+def _find_pipeline_conflicts(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Name what of the user's own settings DeepSpeed's pipelined engine cannot do."""
+    # Its timers of the backward pass are started twice on every stage but the last, which raises.
+    for name, enabled in (
+        ("wall_clock_breakdown", settings["wall_clock_breakdown"]),
+        ("flops_profiler.enabled", (settings.get("flops_profiler") or {}).get("enabled")),
+    ):
+        if enabled:
+            yield (
+                f"--deepspeed_config: '{name}' does not work with --pipeline-model-parallel-size above 1, where "
+                "DeepSpeed's timers fail; remove it"
+            )
 
 
 def _from_flags(config: RunConfig, data_parallel_size: int, device_type: str) -> dict[str, Any]:

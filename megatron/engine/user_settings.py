@@ -74,6 +74,11 @@ REFUSED: dict[str, str] = {
     "zero_optimization.mics_hierarchical_params_gather": "DeepSpeed removed it",
     "zero_optimization.zenflow": "it replaces the optimizer's step",
     "zero_optimization.zeropp_loco_param": "DeepSpeed removed it",
+    "pipeline.stages": "use --pipeline-model-parallel-size",
+    "pipeline.partition": "use --pipeline-partition",
+    "pipeline.seed_layers": "weights are drawn by the name of the parameter, whatever the layout",
+    "pipeline.activation_checkpoint_interval": "recompute is the framework's: use --recompute-granularity",
+    "pipeline.use_reentrant": "recompute is the framework's: use --recompute-granularity",
     "optimizer.legacy_fusion": "it is for optimizers without ZeRO",
     "optimizer.params.max_grad_norm": "use --clip-grad",
 }

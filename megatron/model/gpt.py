@@ -128,29 +128,63 @@ class GPT(nn.Module):
         Raises:
             AttentionUnavailableError: a mask or a cache is given and the attention backend does not honour it.
         """
+        context = self.context(tokens, position_ids, attention_mask, cache)
+        logits = self.run(tokens, context)
+        return logits if labels is None else self.loss(logits, labels, loss_mask)
+
+    def context(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Context:
+        """Put together what every stage may read of a micro-batch; the arguments are those of `forward`.
+
+        Of the tokens only the length counts.
+
+        Raises:
+            AttentionUnavailableError: a mask or a cache is given and the attention backend does not honour it.
+        """
         self.require("documents", attention_mask is not None)
         self.require("cache", cache is not None)
         mask = None if attention_mask is None else and_causal(attention_mask)
-        first_position = self.groups.ulysses.rank * tokens.shape[1]
-        context = Context(position_ids=position_ids, attention_mask=mask, cache=cache, first_position=first_position)
-        logits = self.run(tokens, context)
-        if labels is None:
-            return logits
+        first = self.groups.ulysses.rank * tokens.shape[1]
+        return Context(position_ids=position_ids, attention_mask=mask, cache=cache, first_position=first)
+
+    def loss(self, logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) -> Tensor:
+        """Sum the token losses of logits [s, b, v/t]; labels and mask are those of `forward`."""
         return masked_loss(logits, labels, loss_mask, vocab_size=self.vocab_size, group=self.groups.tensor)
 
     def run(self, tokens: Tensor, context: Context) -> Tensor:
-        """Fold the stages over [b, s] tokens, units of blocks recomputed where that was asked for."""
-        first, blocks, last = self._parts()
-        hidden = run_stages(first, tokens, context)
-        if self.recompute_unit and is_grad_enabled():
-            for start in range(0, len(blocks), self.recompute_unit):
-                hidden = recompute(run_stages, blocks[start : start + self.recompute_unit], hidden, context)
-        else:
-            hidden = run_stages(blocks, hidden, context)
-        logits = run_stages(last, hidden, context)
+        """Fold all stages over [b, s] tokens; returns the logits [s, b, v/t]."""
+        logits = self.run_part(tokens, context, range(len(self._stage_names)))
         if context.cache is not None:
             context.cache.advance(tokens.shape[1])
         return logits
+
+    def run_part(self, x: Tensor, context: Context, part: range) -> Tensor:
+        """Fold the stages of `part` over `x`, units of blocks recomputed where that was asked for.
+
+        Args:
+            x: tokens [b, s] for the first stage, else what the stage before `part` gave.
+            context: of the whole micro-batch.
+            part: consecutive indices of stages.
+        """
+        stages, blocks = self.stages(), self.blocks_in(part)
+        x = run_stages(stages[part.start : blocks.start], x, context)
+        if self.recompute_unit and is_grad_enabled():
+            for start in blocks[:: self.recompute_unit]:
+                unit = stages[start : min(start + self.recompute_unit, blocks.stop)]
+                x = recompute(run_stages, unit, x, context)
+        else:
+            x = run_stages(stages[blocks.start : blocks.stop], x, context)
+        return run_stages(stages[blocks.stop : part.stop], x, context)
+
+    def blocks_in(self, part: range) -> range:
+        """Find the stages of `part` that are blocks: all but the two before the blocks and the two after them."""
+        first = min(max(part.start, 2), part.stop)
+        return range(first, max(first, min(part.stop, len(self._stage_names) - 2)))
 
     def require(self, feature: str, needed: bool) -> None:
         """Check that the attention backend has a feature if it is needed.
@@ -162,11 +196,6 @@ class GPT(nn.Module):
             raise AttentionUnavailableError(
                 f"--attention-backend {self.attention.name} lacks {feature!r}: choose one that has it, or auto"
             )
-
-    def _parts(self) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
-        """Take apart the stages before the blocks, the blocks, and those after."""
-        stages = self.stages()
-        return stages[:2], stages[2:-2], stages[-2:]
 
 
 def run_stages(stages: Sequence[nn.Module], x: Tensor, context: Context) -> Tensor:

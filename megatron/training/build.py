@@ -7,12 +7,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from megatron.config.deepspeed_json import read_deepspeed_json
 from megatron.config.derived import data_parallel_size
@@ -49,6 +51,7 @@ from megatron.training.control import Control
 from megatron.training.metrics import SpeedModel, peak_tflops
 from megatron.training.param_groups import build_param_groups
 from megatron.training.params_norm import params_norm
+from megatron.training.pipeline import balance_stages, describe_pipeline
 from megatron.training.report import Reporter, build_reporter
 from megatron.training.resume import check_fits, check_layout
 from megatron.training.schedule import build_learning_rate, build_weight_decay, training_length
@@ -87,6 +90,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
     with ExitStack() as resources:
         place = _join(config, environment)
         tokenizer = build_tokenizer(config.data)
+        config = with_partition(config, tokenizer.vocab_size)
         plan = build_plan(config, tokenizer.vocab_size, place)
         reporter = _open_reporter(config, plan, place.control)
         resources.callback(reporter.close)
@@ -94,10 +98,12 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         state = TrainState() if resume is None else resume.state
         attention, reason = pick_attention(config.kernels.attention_backend, _attention_request(config, place.device))
         datasets = _open_datasets(config, plan, tokenizer, place, reporter.say)
-        model = build_model(config, tokenizer.vocab_size, place.groups, attention, place.device)
+        pipelined = place.groups.pipeline.size > 1
+        model_device = torch.device("meta") if pipelined else place.device
+        model = build_model(config, tokenizer.vocab_size, place.groups, attention, model_device)
         for sentence in _describe(config, plan, place, model, f"{attention.name}, {reason}"):
             reporter.say(sentence)
-        engine = _build_engine(config, model, place)
+        engine = (_build_pipeline if pipelined else _build_flat)(config, model, place)
         resources.callback(engine.close)
         if resume is not None:
             _restore(resume, engine, place, with_streams=not config.checkpoint.no_load_rng)
@@ -124,7 +130,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
 def build_model(
     config: RunConfig, vocab_size: int, groups: ParallelGroups, attention: AttentionBackend, device: torch.device
 ) -> GPT:
-    """Make the initialised model, in fp32 on the device."""
+    """Make the model, in fp32, with empty weights: without any memory on the device "meta"."""
     with device:
         model = GPT(
             config.model,
@@ -135,10 +141,21 @@ def build_model(
             recompute_granularity=config.kernels.recompute_granularity,
             recompute_num_layers=config.kernels.recompute_num_layers,
         )
-    initialize_parameters(
-        model, seed=config.training.seed, std=config.model.init_method_std, num_layers=config.model.num_layers
-    )
     return model
+
+
+def with_partition(config: RunConfig, vocab_size: int) -> RunConfig:
+    """Divide the blocks over the pipeline stages, where there are some and the flags leave it open."""
+    parallel, model = config.parallel, config.model
+    if parallel.pipeline_model_parallel_size == 1 or parallel.pipeline_partition is not None:
+        return config
+    counts = balance_stages(
+        model,
+        padded_vocab_size=padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by),
+        seq_length=config.data.seq_length,
+        num_stages=parallel.pipeline_model_parallel_size,
+    )
+    return replace(config, parallel=replace(parallel, pipeline_partition=",".join(map(str, counts))))
 
 
 def build_plan(config: RunConfig, vocab_size: int, place: Place) -> Plan:
@@ -306,18 +323,36 @@ def _held_out(
     return {name: partial(open_batches, dataset) for name, dataset in sets.items() if dataset is not None}
 
 
-def _build_engine(config: RunConfig, model: GPT, place: Place) -> Engine:
+def _build_flat(config: RunConfig, model: GPT, place: Place) -> Engine:
     from megatron.engine.flat import build_flat_engine  # DeepSpeed prints when it is imported; `start` has, quietly
 
+    _initialize(config, model)
+    groups = build_param_groups(model.named_parameters())
+    return build_flat_engine(model, groups, _settings(config, place), place.groups, place.device)
+
+
+def _build_pipeline(config: RunConfig, model: GPT, place: Place) -> Engine:
+    from megatron.engine.pipeline import build_pipeline_engine, build_stage
+
+    stage = build_stage(model, config.parallel.stage_blocks or (), place.groups, place.device)
+    _initialize(config, stage)
+    groups = build_param_groups(stage.named_parameters())
+    return build_pipeline_engine(stage, groups, _settings(config, place), place.groups, place.device)
+
+
+def _initialize(config: RunConfig, module: nn.Module) -> None:
+    model = config.model
+    initialize_parameters(module, seed=config.training.seed, std=model.init_method_std, num_layers=model.num_layers)
+
+
+def _settings(config: RunConfig, place: Place) -> dict[str, Any]:
     file = config.engine.deepspeed_config
-    settings = build_settings(
+    return build_settings(
         config,
         None if file is None else read_deepspeed_json(file),
         data_parallel_size=place.groups.data.size,
         device_type=place.device.type,
     )
-    groups = build_param_groups(model.named_parameters())
-    return build_flat_engine(model, groups, settings, place.groups, place.device)
 
 
 def _build_checkpoints(config: RunConfig, place: Place) -> CheckpointWriter | None:
@@ -356,6 +391,8 @@ def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, attention
         shards = ", sequence_parallel" if config.parallel.sequence_parallel else ""
         yield f" layout: {', '.join(layout)}{shards}"
     yield f" attention: {attention}"
+    if config.parallel.stage_blocks is not None:
+        yield describe_pipeline(config.parallel.stage_blocks, training.global_batch_size // plan.samples_per_micro_step)
     if plan.total_samples is not None:
         yield (
             f" training: {plan.total_iterations} iterations of {training.global_batch_size} x {config.data.seq_length} "

@@ -17,7 +17,8 @@ def params_norm(module: nn.Module, groups: ParallelGroups, control: Control) -> 
     """L2 norm of the model's weights, in the dtype of the forward pass. Every rank calls it.
 
     Each weight counts once: under ZeRO-3 the replicas add up their shards of it, otherwise the first of them counts it;
-    a weight that all tensor ranks hold alike counts on the first of these.
+    a weight that all tensor ranks hold alike counts on the first of these, one that two stages of a pipeline share on
+    the first stage.
     """
     shards = [
         _shard(parameter, groups.replicas.rank) for parameter in module.parameters() if _counts(parameter, groups)
@@ -29,7 +30,8 @@ def params_norm(module: nn.Module, groups: ParallelGroups, control: Control) -> 
 def _counts(parameter: nn.Parameter, groups: ParallelGroups) -> bool:
     first_tensor_rank = groups.tensor.rank == 0 or sharding_of(parameter).num_shards > 1
     first_replica = groups.replicas.rank == 0 or hasattr(parameter, "ds_tensor")
-    return first_tensor_rank and first_replica
+    first_stage = not getattr(parameter, "ds_pipe_replicated", False)
+    return first_tensor_rank and first_replica and first_stage
 
 
 def _shard(parameter: nn.Parameter, rank: int) -> Tensor:

@@ -15,7 +15,12 @@ FIXED = {
     "training": ("precision",),
     "optimizer": ("optimizer",),
     "engine": ("zero_stage", "cpu_optimizer"),
-    "parallel": ("tensor_model_parallel_size", "pipeline_model_parallel_size", "ds_sequence_parallel_size"),
+    "parallel": (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "pipeline_partition",
+        "ds_sequence_parallel_size",
+    ),
 }
 """Fields outside the model that decide which files the engine wrote."""
 

@@ -88,6 +88,19 @@ BROKEN: list[tuple[str, str, str]] = [
     ("--zero-stage 0", "", "--zero-stage 0 & --precision bf16 & fp32"),
     ("--fp16 --zero-stage 0", "", "--zero-stage 0 & --precision fp16"),
     ("--fp32 --zero-stage 0 --cpu-optimizer", "", "--cpu-optimizer & --zero-stage is 0"),
+    ("--pipeline-model-parallel-size 5", "", "--pipeline-model-parallel-size 5 & --num-layers 4"),
+    ("--pipeline-partition 4", "", "--pipeline-partition 4 & --pipeline-model-parallel-size 1"),
+    ("--pipeline-model-parallel-size 2 --pipeline-partition 4,0", "", "--pipeline-partition 4,0 & positive"),
+    ("--pipeline-model-parallel-size 2 --pipeline-partition 2,x", "", "--pipeline-partition 2,x & whole numbers"),
+    ("--pipeline-model-parallel-size 2 --pipeline-partition 2,1,1", "", "--pipeline-partition 2,1,1 & 3 & is 2"),
+    ("--pipeline-model-parallel-size 2 --pipeline-partition 2,3", "", "--pipeline-partition 2,3 & --num-layers is 4"),
+    (
+        "--pipeline-model-parallel-size 2 --zero-stage 3",
+        "",
+        "--zero-stage 3 & --zero-stage 1 with these 2 stages & --pipeline-model-parallel-size 1 with --zero-stage 3",
+    ),
+    ("--pipeline-model-parallel-size 2 --zero-stage 2", "", "--zero-stage 2 & --zero-stage 1 with these 2 stages"),
+    ("--pipeline-model-parallel-size 2 --zero-stage 0 --fp32", "", "--zero-stage 0 & --zero-stage 1"),
     ("--tensor-model-parallel-size 8", "", "--num-attention-heads 4 & --tensor-model-parallel-size 8"),
     (
         "--tensor-model-parallel-size 6 --num-attention-heads 12 --num-key-value-heads 4 --kv-channels 8 "
@@ -110,7 +123,6 @@ BROKEN: list[tuple[str, str, str]] = [
         "--seq-length",
         "--seq-length 33 & --tensor-model-parallel-size 2 & --seq-length 34",
     ),
-    ("--pipeline-model-parallel-size 2", "", "--pipeline-model-parallel-size 2"),
     (
         "--tensor-model-parallel-size 4 --num-key-value-heads 1 --kv-channels 7",
         "",
@@ -208,6 +220,8 @@ def test_at_least_forty_combinations_are_refused() -> None:
         "--skip-train",
         "--save d --save-interval 3 --keep-last 2 --load d --load-if-exists",
         "--clip-grad 0",
+        "--pipeline-model-parallel-size 4",
+        "--pipeline-model-parallel-size 3 --pipeline-partition 1,2,1 --cpu-optimizer",
     ],
 )
 def test_legal_combination_breaks_no_rule(words: str) -> None:
@@ -278,3 +292,8 @@ def test_rules_take_far_less_than_a_second() -> None:
     start = time.process_time()
     rules.check_rules(config)
     assert time.process_time() - start < 0.5
+
+
+def test_refused_zero_stage_of_a_pipeline_names_the_ranks_of_the_layout_without_one() -> None:
+    (told,) = sentences(legal("--pipeline-model-parallel-size", "2", "--zero-stage", "3"), world_size=8)
+    assert "--zero-stage 3 over 8 data-parallel ranks" in told

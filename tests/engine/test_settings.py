@@ -11,13 +11,14 @@ from megatron.config.errors import ConfigError
 from megatron.config.kernels import KernelsConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
+from megatron.config.parallel import ParallelConfig
 from megatron.config.sections import RunConfig
 from megatron.config.training import TrainingConfig
 from megatron.engine.settings import build_settings
 from megatron.engine.user_settings import FIXED, OWNED
 
 
-def make_config(stage=1, cpu_optimizer=False, optimizer="adam", clip_grad=1.0, **training):
+def make_config(stage=1, cpu_optimizer=False, optimizer="adam", clip_grad=1.0, stages=1, **training):
     training = {"micro_batch_size": 2, "global_batch_size": 24} | training
     return RunConfig(
         model=ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1),
@@ -25,6 +26,7 @@ def make_config(stage=1, cpu_optimizer=False, optimizer="adam", clip_grad=1.0, *
         training=TrainingConfig(**training),
         engine=EngineConfig(zero_stage=stage, cpu_optimizer=cpu_optimizer),
         kernels=KernelsConfig(),
+        parallel=ParallelConfig(pipeline_model_parallel_size=stages),
     )
 
 
@@ -252,3 +254,23 @@ def test_what_deepspeed_cannot_do_is_refused(config, part):
 
 def test_every_key_that_a_flag_owns_is_checked():
     assert set(OWNED) >= FLAG_PATHS
+
+
+@pytest.mark.parametrize(
+    ("user", "name"),
+    [
+        ({"wall_clock_breakdown": True}, "wall_clock_breakdown"),
+        ({"flops_profiler": {"enabled": True}}, "flops_profiler"),
+    ],
+)
+def test_deepspeeds_timers_are_refused_in_a_pipeline_alone(user, name):
+    assert build(user)
+    (sentence,) = sentences(user, stages=2)
+    assert f"'{name}" in sentence
+    assert "--pipeline-model-parallel-size" in sentence
+
+
+@pytest.mark.parametrize("name", ["stages", "partition", "seed_layers", "activation_checkpoint_interval"])
+def test_what_the_framework_says_of_a_pipeline_is_refused_in_the_file(name):
+    (sentence,) = sentences({"pipeline": {name: 2}}, stages=2)
+    assert f"'pipeline.{name}' is not supported" in sentence

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.parallel.groups import Group
+from megatron.parallel.groups import Group, ParallelGroups
 from megatron.parallel.sharding import join_shards, sharding_of
 
 COMMON = shlex.split(
@@ -74,8 +74,8 @@ def record(flags: list[str]) -> Record:
     config = parse_run_config([*COMMON, *flags], environment.world_size, rank=environment.rank)
     trainer = build_trainer(config, environment)
     engine, found = trainer.engine, Record()
-    tensor = engine.module.groups.tensor
-    found.initial = logical_weights(engine.module, tensor)
+    groups = engine.module.groups
+    found.initial = logical_weights(engine.module, groups)
     train_step, params_norm = engine.train_step, trainer._params_norm
 
     def noted(*args: Any, **kwargs: Any) -> Any:
@@ -83,7 +83,7 @@ def record(flags: list[str]) -> Record:
         found.losses.append(result.loss.item())
         found.grad_norms.append(float(result.grad_norm))
         if len(found.losses) == config.training.train_iters:
-            found.final = logical_weights(engine.module, tensor)
+            found.final = logical_weights(engine.module, groups)
         found.params_norms.append(params_norm())
         return result
 
@@ -92,13 +92,17 @@ def record(flags: list[str]) -> Record:
     return found
 
 
-def logical_weights(module: nn.Module, tensor: Group) -> dict[str, Tensor]:
-    """Put every weight together: over the replicas where ZeRO-3 has split it, then over the tensor ranks."""
+def logical_weights(module: nn.Module, groups: ParallelGroups) -> dict[str, Tensor]:
+    """Put every weight together: over replicas where ZeRO-3 has split it, over tensor ranks, then over the stages."""
     import deepspeed
 
     parameters = dict(module.named_parameters())
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
-        return {name: _join(parameter, tensor) for name, parameter in parameters.items()}
+        own = {name: _join(parameter, groups.tensor) for name, parameter in parameters.items()}
+    stages: list[dict[str, Tensor]] = [own] * groups.pipeline.size
+    if groups.pipeline.size > 1:
+        dist.all_gather_object(stages, own, group=groups.pipeline.handle)
+    return {name: weight for stage in stages for name, weight in stage.items()}
 
 
 def _join(parameter: nn.Parameter, tensor: Group) -> Tensor:

@@ -19,6 +19,8 @@ SHARDED = f"{TENSOR} --sequence-parallel"
 
 ULYSSES = "--ds-sequence-parallel-size 2"
 
+STAGES = "--pipeline-model-parallel-size 2"
+
 TWO_RANKS = [
     (f"{TENSOR} --zero-stage 0 --micro-batch-size 2", "gpt2"),
     (f"{SHARDED} --zero-stage 0 --micro-batch-size 4", "llama tied, query norms"),
@@ -43,6 +45,10 @@ FOUR_RANKS = [
     (f"{ULYSSES} --zero-stage 3 --micro-batch-size 1", "gpt2"),
     (f"{ULYSSES} {SHARDED} --zero-stage 3 --micro-batch-size 2", "llama tied, query norms"),
     (f"{ULYSSES} {SHARDED} --zero-stage 1 --micro-batch-size 4", "gpt2"),
+    (f"{STAGES} {TENSOR} --micro-batch-size 1", "llama tied, query norms"),
+    (f"{STAGES} {SHARDED} --micro-batch-size 2 --recompute-granularity full", "gpt2"),
+    (f"{STAGES} {ULYSSES} --micro-batch-size 1", "gpt2 untied, documents"),
+    (f"{STAGES} --micro-batch-size 1", "gpt2"),
 ]
 
 
