@@ -28,7 +28,7 @@ TWO_RANKS = [
     (f"{SHARDED} --zero-stage 1 --micro-batch-size 2", "gpt2 untied, documents"),
     (f"{SHARDED} --zero-stage 2 --micro-batch-size 2 --cpu-optimizer", "gpt2"),
     (f"{SHARDED} --zero-stage 3 --micro-batch-size 2 --recompute-granularity full", "gpt2"),
-    (f"{ULYSSES} --zero-stage 0 --micro-batch-size 2", "gpt2 untied, documents"),
+    (f"{ULYSSES} --zero-stage 0 --micro-batch-size 2", "llama"),
 ]
 
 FOUR_RANKS = [

@@ -252,5 +252,6 @@ def test_there_are_no_buffers_for_a_cast_to_round():
 def test_gate_and_up_are_two_blocks_of_one_product():
     shardings = describe_sharding(tiny_gpt(**LLAMA))
     assert shardings["2.mlp.up.weight"].blocks == (1, 1)
-    assert shardings["2.attention.qkv.weight"].blocks == (1,)
+    qkv = shardings["2.attention.qkv.weight"]
+    assert (qkv.blocks, qkv.groups) == ((2, 2), LLAMA["num_key_value_heads"])  # queries, then key and value
     assert shardings["0.weight"].padding == shardings["6.weight"].padding == 12
