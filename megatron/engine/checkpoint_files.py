@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +11,11 @@ from typing import Any
 import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from megatron.engine.interface import CheckpointError
 
-ALLOWED_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+ALLOWED_CLASSES = [DynamicLossScaler, LossScaler, fragment_address]
 """All that DeepSpeed's files hold beside tensors, numbers, strings and their containers."""
 
 
@@ -51,10 +51,25 @@ def write_file(content: Any, path: Path) -> None:
     """Save under a temporary name, flush to disk, rename."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        torch.save(content, file)
+        torch.save(_without_enums(content), file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _without_enums(content: Any) -> Any:
+    """Put plain numbers for the members of number enums, in dicts, lists and tuples.
+
+    DeepSpeed saves its ZeRO stage as one. Python 3.11.2 (Debian 12) pickles it as a call of `getattr`, which no reader
+    that runs no code can allow.
+    """
+    if isinstance(content, enum.Enum) and isinstance(content, int):
+        return int(content)
+    if type(content) is dict:
+        return {key: _without_enums(value) for key, value in content.items()}
+    if type(content) in (list, tuple):
+        return type(content)(_without_enums(value) for value in content)
+    return content
 
 
 def sync_directory(directory: Path) -> None:
