@@ -110,11 +110,10 @@ _IGNORED = (
         topk= expert-interval* moe-train-capacity-factor= moe-eval-capacity-factor= moe-min-capacity= moe-loss-coeff=
         num-experts-switch= disable-moe-token-dropping disable-moe-top2-2nd-expert-sampling create-moe-param-group""",
     ),
+    _ignored("--pipeline-model-parallel-size alone decides whether there is a pipeline", "no-pipeline-parallel"),
     _ignored(
-        "without a pipeline nothing is sent between its stages",
-        """
-        no-pipeline-parallel overlap-p2p-communication no-overlap-p2p-communication
-        no-scatter-gather-tensors-in-pipeline""",
+        "DeepSpeed's pipeline decides when its stages send, and always sends whole tensors",
+        "overlap-p2p-communication no-overlap-p2p-communication no-scatter-gather-tensors-in-pipeline",
     ),
     _ignored(
         "the collective of the input's gradient always runs beside the product of the weight's",
@@ -206,7 +205,7 @@ _REFUSED = (
     _refused(
         _NO_FPDT, "ds-sequence-parallel-fpdt ds-sequence-parallel-fpdt-offloading ds-sequence-parallel-fpdt-chunk-size="
     ),
-    _refused("Ulysses: " + _NOT_YET + "drop the flag", "force-ds-sequence-parallel"),
+    _refused("--ds-sequence-parallel-size alone switches Ulysses on: drop the flag", "force-ds-sequence-parallel"),
     _refused("context parallelism: " + _NOT_YET + "drop the flag", "context-parallel-size=", off=("1",)),
     _refused(
         _NO_PIPELINE_SCHEDULE,
