@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,27 +16,18 @@ import torch
 from torch import nn
 
 from megatron.config.deepspeed_json import read_deepspeed_json
-from megatron.config.derived import data_parallel_size
 from megatron.config.sections import RunConfig
-from megatron.data.batch import Batch, BatchOptions
-from megatron.data.datasets import Datasets, build_datasets
-from megatron.data.gpt_dataset import SampleDataset
-from megatron.data.loader import build_loader
 from megatron.data.tokenizer.build import build_tokenizer
-from megatron.data.tokenizer.interface import Tokenizer
 from megatron.engine.interface import Engine
-from megatron.engine.launch import RankEnvironment, start
+from megatron.engine.launch import RankEnvironment
 from megatron.engine.settings import build_settings
 from megatron.kernels.attention.interface import AttentionBackend, AttentionRequest
 from megatron.kernels.attention.pick import pick_attention
 from megatron.model.flops import hardware_flops_per_token, model_flops_per_token
 from megatron.model.gpt import GPT, padded_vocab_size
 from megatron.model.init import initialize_parameters
-from megatron.parallel.groups import ParallelGroups, create_groups
-from megatron.parallel.mesh import Mesh
-from megatron.parallel.random import RandomStreams, seed_everything
+from megatron.parallel.groups import ParallelGroups
 from megatron.parallel.sharding import describe_sharding
-from megatron.parallel.ulysses import sequence_shard
 from megatron.training.batch_size import BatchSize
 from megatron.training.checkpoint import (
     CheckpointError,
@@ -47,11 +37,12 @@ from megatron.training.checkpoint import (
     read_streams,
     refuse_foreign,
 )
-from megatron.training.control import Control
+from megatron.training.inputs import open_inputs
 from megatron.training.metrics import SpeedModel, peak_tflops
 from megatron.training.param_groups import build_param_groups
 from megatron.training.params_norm import params_norm
 from megatron.training.pipeline import balance_stages, describe_pipeline
+from megatron.training.place import Place, join_ranks
 from megatron.training.report import Reporter, build_reporter
 from megatron.training.resume import check_fits, check_layout
 from megatron.training.schedule import build_learning_rate, build_weight_decay, training_length
@@ -60,16 +51,6 @@ from megatron.training.stop import SignalFlag, StopRules
 from megatron.training.trainer import Cadence, Plan, Trainer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where this process runs and with whom."""
-
-    device: torch.device
-    groups: ParallelGroups
-    control: Control
-    streams: RandomStreams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +69,26 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
     """
     started = time.monotonic()
     with ExitStack() as resources:
-        place = _join(config, environment)
+        place = join_ranks(config.parallel, config.training.seed, environment)
         tokenizer = build_tokenizer(config.data)
         config = with_partition(config, tokenizer.vocab_size)
         plan = build_plan(config, tokenizer.vocab_size, place)
-        reporter = _open_reporter(config, plan, place.control)
+        reporter = _open_reporter(config, plan, place)
         resources.callback(reporter.close)
         resume = _find_resume(config, place, reporter.say)
         state = TrainState() if resume is None else resume.state
         attention, reason = pick_attention(config.kernels.attention_backend, _attention_request(config, place.device))
-        datasets = _open_datasets(config, plan, tokenizer, place, reporter.say)
+        inputs = open_inputs(
+            config.data,
+            plan,
+            place,
+            micro_batch_size=config.training.micro_batch_size,
+            seed=config.training.seed,
+            trains=not config.training.skip_train,
+            tokenizer=tokenizer,
+            attention=attention,
+            say=reporter.say,
+        )
         pipelined = place.groups.pipeline.size > 1
         model_device = torch.device("meta") if pipelined else place.device
         model = build_model(config, tokenizer.vocab_size, place.groups, attention, model_device)
@@ -108,14 +99,13 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         if resume is not None:
             _restore(resume, engine, place, with_streams=not config.checkpoint.no_load_rng)
         reporter.start({"world_size": place.groups.world.size, **state.to_json()})
-        open_batches = partial(_open_batches, config, place, _batch_options(config, place, tokenizer, attention))
         signals = SignalFlag(enabled=config.training.exit_signal_handler)
         return Trainer(
             plan,
             state=state,
             engine=engine,
-            training_batches=open_batches(datasets.train, state.consumed_samples, config.data.num_workers),
-            held_out=_held_out(datasets, open_batches),
+            training_batches=inputs.training(state.consumed_samples),
+            held_out=inputs.held_out(),
             rules=StopRules(config.training, place.control, signals, started=started),
             signals=signals,
             reporter=reporter,
@@ -203,24 +193,10 @@ def _speed_model(config: RunConfig, vocab_size: int, place: Place) -> SpeedModel
     )
 
 
-def _join(config: RunConfig, environment: RankEnvironment) -> Place:
-    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    device = start(environment, timeout)
-    mesh = Mesh(
-        pipeline=config.parallel.pipeline_model_parallel_size,
-        data=data_parallel_size(config.parallel, environment.world_size),
-        ulysses=config.parallel.ds_sequence_parallel_size,
-        tensor=config.parallel.tensor_model_parallel_size,
-    )
-    groups = create_groups(mesh, environment.rank, timeout)
-    streams = seed_everything(config.training.seed, groups, device)
-    return Place(device=device, groups=groups, control=Control.of_world(timeout), streams=streams)
-
-
-def _open_reporter(config: RunConfig, plan: Plan, control: Control) -> Reporter:
+def _open_reporter(config: RunConfig, plan: Plan, place: Place) -> Reporter:
     return build_reporter(
         config.reporting,
-        is_first=control.is_first,
+        is_first=place.control.is_first,
         save=config.checkpoint.save,
         total_iterations=plan.total_iterations,
         config=config.to_json(),
@@ -240,7 +216,7 @@ def _find_resume(config: RunConfig, place: Place, say: Callable[[str], None]) ->
     if path is None:
         return None
     saved = read_checkpoint(path)
-    check_layout(saved.state, _layout(place))
+    check_layout(saved.state, place.layout)
     changes = check_fits(saved.config, json.loads(json.dumps(config.to_json())))
     state = TrainState.from_json(saved.state["counters"])
     say(f" resuming {path}: iteration {state.iteration}, {state.consumed_samples} samples")
@@ -264,63 +240,6 @@ def _attention_request(config: RunConfig, device: torch.device) -> AttentionRequ
         gqa=config.model.num_key_value_heads != config.model.num_attention_heads,
         documents=config.data.reset_attention_mask,
     )
-
-
-def _open_datasets(
-    config: RunConfig, plan: Plan, tokenizer: Tokenizer, place: Place, say: Callable[[str], None]
-) -> Datasets:
-    held_out = plan.evaluation_steps * plan.batch_size.final
-    return build_datasets(
-        config.data,
-        num_train=0 if config.training.skip_train else plan.total_samples or 0,
-        num_valid=held_out,
-        num_test=held_out,
-        seed=config.training.seed,
-        tokenizer=tokenizer,
-        who=f"rank {place.control.rank}",
-        note=say,
-    )
-
-
-def _batch_options(config: RunConfig, place: Place, tokenizer: Tokenizer, attention: AttentionBackend) -> BatchOptions:
-    return BatchOptions(
-        eod_id=tokenizer.eod_id,
-        reset_position_ids=config.data.reset_position_ids,
-        reset_attention_mask=config.data.reset_attention_mask,
-        eod_mask_loss=config.data.eod_mask_loss,
-        dense_mask=attention.dense_document_mask,
-        vocab_size=tokenizer.vocab_size,
-        positions=sequence_shard(config.data.seq_length, place.groups.ulysses),
-    )
-
-
-def _open_batches(
-    config: RunConfig,
-    place: Place,
-    options: BatchOptions,
-    dataset: SampleDataset | None,
-    consumed_samples: int = 0,
-    num_workers: int = 0,
-) -> Iterator[Batch]:
-    """Give this rank's micro-batches of a set; none of a set that is not there."""
-    if dataset is None:
-        return iter(())
-    return build_loader(
-        dataset,
-        micro_batch_size=config.training.micro_batch_size,
-        data_rank=place.groups.data.rank,
-        data_size=place.groups.data.size,
-        consumed_samples=consumed_samples,
-        num_workers=num_workers,
-        options=options,
-    )
-
-
-def _held_out(
-    datasets: Datasets, open_batches: Callable[[SampleDataset], Iterator[Batch]]
-) -> dict[str, Callable[[], Iterator[Batch]]]:
-    sets = {"validation": datasets.valid, "test": datasets.test}
-    return {name: partial(open_batches, dataset) for name, dataset in sets.items() if dataset is not None}
 
 
 def _build_flat(config: RunConfig, model: GPT, place: Place) -> Engine:
@@ -361,22 +280,11 @@ def _build_checkpoints(config: RunConfig, place: Place) -> CheckpointWriter | No
     return CheckpointWriter(
         Path(config.checkpoint.save),
         config=config.to_json(),
-        layout=_layout(place),
+        layout=place.layout,
         control=place.control,
         streams=place.streams,
         keep_last=config.checkpoint.keep_last,
     )
-
-
-def _layout(place: Place) -> dict[str, int]:
-    """Give the degrees of the mesh, over which a checkpoint's files are split."""
-    groups = place.groups
-    return {
-        "data_parallel_size": groups.data.size,
-        "tensor_model_parallel_size": groups.tensor.size,
-        "pipeline_model_parallel_size": groups.pipeline.size,
-        "ds_sequence_parallel_size": groups.ulysses.size,
-    }
 
 
 def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, attention: str) -> Iterator[str]:
@@ -387,7 +295,7 @@ def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, attention
         f" {size:,} parameters, {training.precision}, ZeRO-{config.engine.zero_stage}, "
         f"{place.groups.world.size} x {place.device.type}, torch {torch.__version__}"
     )
-    if layout := [f"{name} {size}" for name, size in _layout(place).items() if size > 1]:
+    if layout := [f"{name} {size}" for name, size in place.layout.items() if size > 1]:
         shards = ", sequence_parallel" if config.parallel.sequence_parallel else ""
         yield f" layout: {', '.join(layout)}{shards}"
     yield f" attention: {attention}"

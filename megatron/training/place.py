@@ -1,0 +1,51 @@
+"""Where a process runs and with whom: its device, its groups of ranks, its random streams."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from megatron.config.derived import data_parallel_size
+from megatron.config.parallel import ParallelConfig
+from megatron.engine.launch import RankEnvironment, start
+from megatron.parallel.groups import ParallelGroups, create_groups
+from megatron.parallel.mesh import Mesh
+from megatron.parallel.random import RandomStreams, seed_everything
+from megatron.training.control import Control
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where this process runs and with whom."""
+
+    device: torch.device
+    groups: ParallelGroups
+    control: Control
+    streams: RandomStreams
+
+    @property
+    def layout(self) -> dict[str, int]:
+        """The degrees of the mesh, over which a checkpoint's files are split, by field of the config."""
+        return {
+            "data_parallel_size": self.groups.data.size,
+            "tensor_model_parallel_size": self.groups.tensor.size,
+            "pipeline_model_parallel_size": self.groups.pipeline.size,
+            "ds_sequence_parallel_size": self.groups.ulysses.size,
+        }
+
+
+def join_ranks(parallel: ParallelConfig, seed: int, environment: RankEnvironment) -> Place:
+    """Meet the other ranks, take this one's place in the mesh and seed its random streams."""
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    device = start(environment, timeout)
+    mesh = Mesh(
+        pipeline=parallel.pipeline_model_parallel_size,
+        data=data_parallel_size(parallel, environment.world_size),
+        ulysses=parallel.ds_sequence_parallel_size,
+        tensor=parallel.tensor_model_parallel_size,
+    )
+    groups = create_groups(mesh, environment.rank, timeout)
+    streams = seed_everything(seed, groups, device)
+    return Place(device=device, groups=groups, control=Control.of_world(timeout), streams=streams)
