@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron.config.flags import at_least, flag
+from megatron.config.flags import NOT_NEGATIVE, at_least, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +21,25 @@ class KernelsConfig:
     )
     recompute_granularity: str = flag(
         "none",
-        choices=("none", "full"),
-        help="activations that backward computes again instead of keeping: none, or whole blocks",
+        choices=("none", "full", "selective", "products"),
+        help="activations that backward computes again instead of keeping: none; those of whole blocks; the core of "
+        "attention; those of whole blocks but for the dearest matrix products, within --recompute-budget-gib",
+    )
+    recompute_method: str | None = flag(
+        None,
+        choices=("uniform", "block"),
+        help="which blocks full and products recompute: all, in units of --recompute-num-layers, or the first "
+        "--recompute-num-layers of each pipeline stage one by one (default: uniform)",
     )
     recompute_num_layers: int = flag(
-        1, range=at_least(1), help="blocks recomputed as one unit under --recompute-granularity full"
+        1, range=at_least(1), help="blocks of a unit (uniform), or blocks that are recomputed (block)"
+    )
+    recompute_budget_gib: float = flag(
+        0.0, range=NOT_NEGATIVE, help="GiB that the matrix products kept under products may take on a rank"
+    )
+    distribute_saved_activations: bool = flag(
+        False, help="divide the kept inputs of recomputed units over the tensor ranks"
+    )
+    recompute_inputs_on_host: bool = flag(
+        False, help="keep the inputs of recomputed units in the host's memory until backward needs them"
     )

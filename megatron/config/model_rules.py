@@ -1,4 +1,4 @@
-"""Rules of the model's shape, positions and recompute."""
+"""Rules of the model's shape and positions."""
 
 # ruff: noqa: D401 - the docstring of a rule states what holds, not what the function does
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from megatron.config.data import DataConfig
 from megatron.config.flags import spell
-from megatron.config.kernels import KernelsConfig
 from megatron.config.model import ModelConfig
 
 SCALING_ONLY = {
@@ -109,12 +108,3 @@ def rotary_bands_are_ordered(model: ModelConfig) -> Iterator[str]:
             f"--rotary-beta-slow {model.rotary_beta_slow:g} must be less than --rotary-beta-fast "
             f"{model.rotary_beta_fast:g}."
         )
-
-
-def recomputed_units_fit_the_model(model: ModelConfig, kernels: KernelsConfig) -> Iterator[str]:
-    """A unit of recompute is made of blocks that are there, and only exists under full recompute."""
-    unit = kernels.recompute_num_layers
-    if kernels.recompute_granularity == "none" and unit != 1:
-        yield f"--recompute-num-layers {unit} has no effect without --recompute-granularity full."
-    if unit > model.num_layers:
-        yield f"--recompute-num-layers {unit} is more than --num-layers {model.num_layers}."

@@ -80,6 +80,13 @@ _ALIASES = (
     _alias("checkpoint-activations", "--recompute-granularity full"),
     _alias("deepspeed-activation-checkpointing", "--recompute-granularity full"),
     _alias("checkpoint-num-layers=", "--recompute-num-layers={}"),
+    _alias("activations-checkpoint-method=", "--recompute-granularity full --recompute-method={}"),
+    _alias("checkpoint-activations-method=", "--recompute-granularity full --recompute-method={}"),
+    _alias("activations-checkpoint-num-layers=", "--recompute-num-layers={}"),
+    _alias("recompute-activations", "--recompute-granularity selective"),
+    _alias("distribute-checkpointed-activations", "--distribute-saved-activations"),
+    _alias("partition-activations", "--distribute-saved-activations"),
+    _alias("checkpoint-in-cpu", "--recompute-inputs-on-host"),
 )
 
 _IGNORED = (
@@ -129,6 +136,7 @@ _IGNORED = (
     _ignored("the optimizer's fused form is used where there is one", "ds-fused-adam cpu-torch-adam"),
     _ignored("the backend of communication follows the device", "distributed-backend="),
     _ignored("memory is given back to the device by PyTorch's allocator", "empty-unused-memory-level="),
+    _ignored("kept activations lie where PyTorch's allocator puts them", "contigious-checkpointing"),
     _ignored("it had no effect in the older system", "scattered-embeddings tile-factor= no-load-lr-state"),
     _ignored("the schedule always follows the flags of this run", "override-opt-param-scheduler"),
     _ignored("a missing checkpoint is an error unless --load-if-exists is given", "exit-on-missing-checkpoint"),
@@ -174,9 +182,6 @@ _NO_PARTIAL = (
 )
 _NO_PROFILER = "profiling: " + _NOT_YET + "run it under `nsys profile` or py-spy"
 _NO_INDEX_FILES = "index files are built and cached by content: name the data with --data-path and --data-cache-path"
-_NO_ACTIVATION_PLACES = (
-    "placing kept activations: " + _NOT_YET + "use --recompute-granularity full with a larger --recompute-num-layers"
-)
 
 _REFUSED = (
     _refused(
@@ -184,21 +189,7 @@ _REFUSED = (
         """
         use-flash-attn use-flash-attn-v1 use-flash-attn-v2 use-flash-attn-triton use-flash-attn-builder""",
     ),
-    _refused(
-        "selective recompute: " + _NOT_YET + "sdpa keeps no attention scores; else use --recompute-granularity full",
-        "recompute-activations",
-    ),
-    _refused(
-        "only `uniform` is there: " + _NOT_YET + "set --recompute-num-layers instead",
-        "recompute-method=",
-        off=("uniform",),
-    ),
-    _refused(
-        _NO_ACTIVATION_PLACES,
-        """
-        distribute-saved-activations distribute-checkpointed-activations partition-activations
-        contigious-checkpointing checkpoint-in-cpu synchronize-each-layer profile-backward""",
-    ),
+    _refused("to wait for the device after each layer, set CUDA_LAUNCH_BLOCKING=1 instead", "synchronize-each-layer"),
     _refused(_NO_EXPERTS, "num-experts* moe-expert-parallel-size= expert-model-parallel-size=", off=("1", "0")),
     _refused(_NO_EXPERTS, "mlp-type=", off=("standard",)),
     _refused(_NO_EXPERTS, "use-tutel enable-expert-tensor-parallelism moe-router-topk= moe-grouped-gemm"),
@@ -278,7 +269,9 @@ _REFUSED = (
         log-optimizer-states-to-tensorboard log-num-zeros-in-grad""",
     ),
     _refused("the world size is in the run's printed configuration: drop the flag", "log-world-size-to-tensorboard"),
-    _refused(_NO_PROFILER, "profile* profile-steps= profile-ranks* profile-step-start= profile-step-end="),
+    _refused(
+        _NO_PROFILER, "profile-backward profile* profile-steps= profile-ranks* profile-step-start= profile-step-end="
+    ),
     _refused(
         "automatic resubmission: " + _NOT_YET + "--exit-duration-in-mins leaves in time",
         "adlr-autoresume adlr-autoresume-interval=",
@@ -308,9 +301,6 @@ RENAMED_VALUES: dict[str, dict[str, str]] = {
 """Older values of fields, and what they are called here."""
 
 REFUSED_VALUES: dict[str, dict[str, str]] = {
-    "recompute_granularity": {
-        "selective": "selective recompute: " + _NOT_YET + "sdpa keeps no attention scores; else use `full`."
-    },
     "attention_backend": {
         "flash": _NO_FLASH_FLAGS + ".",
         "fused": _NO_FLASH_FLAGS + ".",

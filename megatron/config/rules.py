@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from megatron.config import data_rules, layout_rules, model_rules, output_rules, schedule_rules, training_rules
+from megatron.config import (
+    data_rules,
+    layout_rules,
+    model_rules,
+    output_rules,
+    recompute_rules,
+    schedule_rules,
+    training_rules,
+)
 from megatron.config.derived import data_parallel_size
 from megatron.config.errors import ConfigError
 from megatron.config.flags import Flag
@@ -22,7 +30,7 @@ __all__ = ["ConfigError", "broken_rules", "check_rules", "rules"]
 
 Rule = Callable[..., Iterator[str]]
 
-RULE_MODULES = (model_rules, layout_rules, training_rules, schedule_rules, data_rules, output_rules)
+RULE_MODULES = (model_rules, layout_rules, recompute_rules, training_rules, schedule_rules, data_rules, output_rules)
 
 
 def check_rules(config: RunConfig, world_size: int | None = None) -> None:

@@ -147,8 +147,8 @@ def _zero(config: RunConfig, device_type: str) -> dict[str, Any]:
         "stage3_max_live_parameters": 1_000_000_000,
         "stage3_max_reuse_distance": 1_000_000_000,
         "stage3_gather_16bit_weights_on_model_save": False,
-        # Its product adds the bias in place, which a product that selective recompute saves does not survive.
-        "memory_efficient_linear": config.kernels.recompute_granularity != "selective",
+        # Its product adds the bias in place, so that recompute could keep none of its results.
+        "memory_efficient_linear": config.kernels.recompute_granularity != "products",
     }
     if engine.cpu_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device_type == "cuda"}

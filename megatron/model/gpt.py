@@ -5,9 +5,9 @@ Legend: s sequence, b micro-batch, h hidden, v padded vocabulary, t tensor ranks
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from torch import Tensor, is_grad_enabled, nn
+from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
 from megatron.kernels.attention.interface import AttentionBackend
@@ -21,7 +21,7 @@ from megatron.model.loss import masked_loss
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
 from megatron.parallel.groups import ParallelGroups
-from megatron.parallel.recompute import recompute
+from megatron.parallel.recompute import NONE, RecomputePolicy, recompute, recomputed
 from megatron.parallel.ulysses import UlyssesAttention
 
 TIED_EMBEDDING = "tied_modules.word_embeddings"
@@ -42,8 +42,7 @@ class GPT(nn.Module):
         attention: the chosen backend.
         sequence_parallel: keep only this tensor rank's shard of the sequence outside of the sharded products; the
             tensor ranks must then divide the length of the sequence.
-        recompute_granularity: "none", or "full": backward computes blocks again instead of keeping their activations.
-        recompute_num_layers: blocks that are kept or computed again as one unit.
+        recompute_policy: which activations backward computes again instead of finding them kept.
     """
 
     def __init__(
@@ -54,8 +53,7 @@ class GPT(nn.Module):
         groups: ParallelGroups,
         attention: AttentionBackend,
         sequence_parallel: bool = False,
-        recompute_granularity: str = "none",
-        recompute_num_layers: int = 1,
+        recompute_policy: RecomputePolicy = NONE,
     ) -> None:
         super().__init__()
         self.config = config
@@ -64,7 +62,7 @@ class GPT(nn.Module):
         self.groups = groups
         self.attention = attention
         self.sequence_parallel = sequence_parallel
-        self.recompute_unit = recompute_num_layers if recompute_granularity == "full" else 0
+        self.recompute_policy = recompute_policy
         self.tied_modules = nn.ModuleDict()
         self._stage_names: list[str] = []
         for index, stage in enumerate(self._build_stages()):
@@ -77,7 +75,7 @@ class GPT(nn.Module):
         config, group, sharded = self.config, self.groups.tensor, self.sequence_parallel
         hidden, rows, padding = config.hidden_size, self.padded_vocab_size, self.padded_vocab_size - self.vocab_size
         embedding = WordEmbedding(rows, hidden, vocab_size=self.vocab_size, group=group, sequence_parallel=sharded)
-        attend = UlyssesAttention(self.attention.attend, self.groups.ulysses)
+        attend = UlyssesAttention(self._attention_core(), self.groups.ulysses)
         rotary = Rotary.from_config(config) if config.position_embedding_type == "rope" else None
         yield embedding
         yield Positions(config, group=group, sequence_parallel=sharded)
@@ -95,6 +93,15 @@ class GPT(nn.Module):
             yield OutputHead(hidden, rows, bias=False, group=group, padding=padding, sequence_parallel=sharded)
         else:
             yield TiedOutputHead(embedding)
+
+    def _attention_core(self) -> Callable[..., Tensor]:
+        """Return what attends, recomputed under a selective policy.
+
+        The exchange of Ulysses stays outside: what it brings takes the bytes of what it sends (but for repeated
+        key/value heads), so that keeping the one or the other is the same, and no exchange is to be repeated.
+        """
+        attend, policy = self.attention.attend, self.recompute_policy
+        return recomputed(attend, policy) if policy.recomputes_attention else attend
 
     def stages(self) -> list[nn.Module]:
         """Return the model in order; each stage takes a tensor and a `Context` and gives a tensor."""
@@ -164,7 +171,7 @@ class GPT(nn.Module):
         return logits
 
     def run_part(self, x: Tensor, context: Context, part: range) -> Tensor:
-        """Fold the stages of `part` over `x`, units of blocks recomputed where that was asked for.
+        """Fold the stages of `part` over `x`, units of its blocks recomputed where the policy says so.
 
         Args:
             x: tokens [b, s] for the first stage, else what the stage before `part` gave.
@@ -173,12 +180,12 @@ class GPT(nn.Module):
         """
         stages, blocks = self.stages(), self.blocks_in(part)
         x = run_stages(stages[part.start : blocks.start], x, context)
-        if self.recompute_unit and is_grad_enabled():
-            for start in blocks[:: self.recompute_unit]:
-                unit = stages[start : min(start + self.recompute_unit, blocks.stop)]
-                x = recompute(run_stages, unit, x, context)
-        else:
-            x = run_stages(stages[blocks.start : blocks.stop], x, context)
+        for unit in self.recompute_policy.units(len(blocks)):
+            members = stages[blocks.start + unit.first : blocks.start + unit.end]
+            if unit.is_recomputed:
+                x = recompute(run_stages, members, x, context, policy=self.recompute_policy)
+            else:
+                x = run_stages(members, x, context)
         return run_stages(stages[blocks.stop : part.stop], x, context)
 
     def blocks_in(self, part: range) -> range:

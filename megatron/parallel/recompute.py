@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+from torch import is_grad_enabled
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from megatron.parallel.groups import Group
@@ -96,6 +97,7 @@ class RecomputePolicy:
         return self._products.contexts() if self.budget_bytes else noop_context_fn()
 
 
+NONE = RecomputePolicy()
 FULL = RecomputePolicy(granularity="full")
 
 
@@ -112,9 +114,20 @@ def recompute(function: Callable[..., T], *args: object, policy: RecomputePolicy
             activations among them: no leaves that want a gradient, and none that lie inside of other objects.
         policy: one object for all calls of a model; its granularity is the caller's business.
     """
+    if not is_grad_enabled():
+        return function(*args)
     with keep_inputs(args, policy.split_over, on_host=policy.on_host):
         # Non-reentrant, because that one nests, takes any arguments and leaves parameters' hooks alone.
         result: T = checkpoint(
             function, *args, use_reentrant=False, preserve_rng_state=True, context_fn=policy._contexts
         )
     return result
+
+
+def recomputed(function: Callable[..., T], policy: RecomputePolicy) -> Callable[..., T]:
+    """Make the function each of whose calls is one of `function` through `recompute`, arguments by name included."""
+
+    def call(*args: object, **options: object) -> T:
+        return recompute(partial(function, **options), *args, policy=policy)
+
+    return call

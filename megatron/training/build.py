@@ -23,7 +23,7 @@ from megatron.engine.launch import RankEnvironment
 from megatron.engine.settings import build_settings
 from megatron.kernels.attention.interface import AttentionBackend, AttentionRequest
 from megatron.kernels.attention.pick import pick_attention
-from megatron.model.flops import hardware_flops_per_token, model_flops_per_token
+from megatron.model.flops import model_flops_per_token
 from megatron.model.gpt import GPT, padded_vocab_size
 from megatron.model.init import initialize_parameters
 from megatron.parallel.groups import ParallelGroups
@@ -43,6 +43,7 @@ from megatron.training.param_groups import build_param_groups
 from megatron.training.params_norm import params_norm
 from megatron.training.pipeline import balance_stages, describe_pipeline
 from megatron.training.place import Place, join_ranks
+from megatron.training.recompute import Recompute, build_recompute, unit_shape
 from megatron.training.report import Reporter, build_reporter
 from megatron.training.resume import check_fits, check_layout
 from megatron.training.schedule import build_learning_rate, build_weight_decay, training_length
@@ -72,12 +73,13 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         place = join_ranks(config.parallel, config.training.seed, environment)
         tokenizer = build_tokenizer(config.data)
         config = with_partition(config, tokenizer.vocab_size)
-        plan = build_plan(config, tokenizer.vocab_size, place)
+        attention, reason = pick_attention(config.kernels.attention_backend, _attention_request(config, place.device))
+        recompute = _plan_recompute(config, place, attention)
+        plan = build_plan(config, tokenizer.vocab_size, place, recompute)
         reporter = _open_reporter(config, plan, place)
         resources.callback(reporter.close)
         resume = _find_resume(config, place, reporter.say)
         state = TrainState() if resume is None else resume.state
-        attention, reason = pick_attention(config.kernels.attention_backend, _attention_request(config, place.device))
         inputs = open_inputs(
             config.data,
             plan,
@@ -91,8 +93,8 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         )
         pipelined = place.groups.pipeline.size > 1
         model_device = torch.device("meta") if pipelined else place.device
-        model = build_model(config, tokenizer.vocab_size, place.groups, attention, model_device)
-        for sentence in _describe(config, plan, place, model, f"{attention.name}, {reason}"):
+        model = build_model(config, tokenizer.vocab_size, place.groups, attention, recompute, model_device)
+        for sentence in _describe(config, plan, place, model, f"{attention.name}, {reason}", recompute):
             reporter.say(sentence)
         engine = (_build_pipeline if pipelined else _build_flat)(config, model, place)
         resources.callback(engine.close)
@@ -118,7 +120,12 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
 
 
 def build_model(
-    config: RunConfig, vocab_size: int, groups: ParallelGroups, attention: AttentionBackend, device: torch.device
+    config: RunConfig,
+    vocab_size: int,
+    groups: ParallelGroups,
+    attention: AttentionBackend,
+    recompute: Recompute,
+    device: torch.device,
 ) -> GPT:
     """Make the model, in fp32, with empty weights: without any memory on the device "meta"."""
     with device:
@@ -128,8 +135,7 @@ def build_model(
             groups=groups,
             attention=attention,
             sequence_parallel=config.parallel.sequence_parallel,
-            recompute_granularity=config.kernels.recompute_granularity,
-            recompute_num_layers=config.kernels.recompute_num_layers,
+            recompute_policy=recompute.policies[groups.pipeline.rank],
         )
     return model
 
@@ -148,7 +154,7 @@ def with_partition(config: RunConfig, vocab_size: int) -> RunConfig:
     return replace(config, parallel=replace(parallel, pipeline_partition=",".join(map(str, counts))))
 
 
-def build_plan(config: RunConfig, vocab_size: int, place: Place) -> Plan:
+def build_plan(config: RunConfig, vocab_size: int, place: Place, recompute: Recompute) -> Plan:
     """Make the schedules and the constants of a run."""
     training, seq_length = config.training, config.data.seq_length
     batch_size = BatchSize.ramped(training.global_batch_size, training.rampup_batch_size)
@@ -162,7 +168,7 @@ def build_plan(config: RunConfig, vocab_size: int, place: Place) -> Plan:
         batch_size=batch_size,
         learning_rate=build_learning_rate(config.optimizer, training),
         weight_decay=build_weight_decay(config.optimizer, training),
-        speed=_speed_model(config, vocab_size, place),
+        speed=_speed_model(config, vocab_size, place, recompute),
         cadence=Cadence(
             log=config.reporting.log_interval,
             evaluate=training.eval_interval,
@@ -176,18 +182,32 @@ def build_plan(config: RunConfig, vocab_size: int, place: Place) -> Plan:
     )
 
 
-def _speed_model(config: RunConfig, vocab_size: int, place: Place) -> SpeedModel:
+def _plan_recompute(config: RunConfig, place: Place, attention: AttentionBackend) -> Recompute:
+    itemsize = DTYPES[config.training.precision].itemsize
+    shape = unit_shape(config.model, config.training, config.data, place.groups, attention, itemsize)
+    training = config.training
+    return build_recompute(
+        config.kernels,
+        config.model,
+        shape,
+        stage_blocks=config.parallel.stage_blocks or (config.model.num_layers,),
+        num_micro_batches=training.global_batch_size // (training.micro_batch_size * place.groups.data.size),
+        tensor=place.groups.tensor,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
+
+
+def _speed_model(config: RunConfig, vocab_size: int, place: Place, recompute: Recompute) -> SpeedModel:
     seq_length = config.data.seq_length
     rows = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
-    granularity = config.kernels.recompute_granularity
+    model_flops = model_flops_per_token(config.model, rows, seq_length)
     peak = config.reporting.peak_tflops
     if peak is None and place.device.type == "cuda":
         peak = peak_tflops(torch.cuda.get_device_name(place.device), config.training.precision)
     return SpeedModel(
         tokens_per_sample=seq_length,
-        model_flops_per_sample=seq_length * model_flops_per_token(config.model, rows, seq_length),
-        hardware_flops_per_sample=seq_length
-        * hardware_flops_per_token(config.model, rows, seq_length, recompute_granularity=granularity),
+        model_flops_per_sample=seq_length * model_flops,
+        hardware_flops_per_sample=seq_length * (model_flops + recompute.flops_per_token()),
         num_devices=place.groups.world.size,
         peak_tflops=peak,
     )
@@ -287,7 +307,9 @@ def _build_checkpoints(config: RunConfig, place: Place) -> CheckpointWriter | No
     )
 
 
-def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, attention: str) -> Iterator[str]:
+def _describe(
+    config: RunConfig, plan: Plan, place: Place, model: GPT, attention: str, recompute: Recompute
+) -> Iterator[str]:
     """Say once, at the start, what was chosen."""
     size = sum(math.prod(sharding.logical_shape) for sharding in describe_sharding(model).values())
     training = config.training
@@ -299,6 +321,8 @@ def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, attention
         shards = ", sequence_parallel" if config.parallel.sequence_parallel else ""
         yield f" layout: {', '.join(layout)}{shards}"
     yield f" attention: {attention}"
+    if sentence := recompute.describe():
+        yield sentence
     if config.parallel.stage_blocks is not None:
         yield describe_pipeline(config.parallel.stage_blocks, training.global_batch_size // plan.samples_per_micro_step)
     if plan.total_samples is not None:

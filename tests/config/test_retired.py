@@ -44,7 +44,7 @@ def test_no_retired_flag_shadows_a_flag_or_its_opposite() -> None:
 
 @pytest.mark.parametrize("name", by_fate(Alias))
 def test_alias_leads_to_flags_that_are_there(name: str) -> None:
-    assert load_run_config(legal(*use(name, "4"))).config
+    assert load_run_config(legal(*use(name, "block" if name.endswith("method") else "4"))).config
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,14 @@ def test_alias_leads_to_flags_that_are_there(name: str) -> None:
         ("--checkpoint-activations", "kernels", "recompute_granularity", "full"),
         ("--deepspeed-activation-checkpointing", "kernels", "recompute_granularity", "full"),
         ("--checkpoint-num-layers 2", "kernels", "recompute_num_layers", 2),
+        ("--activations-checkpoint-method block", "kernels", "recompute_granularity", "full"),
+        ("--activations-checkpoint-method block", "kernels", "recompute_method", "block"),
+        ("--checkpoint-activations-method uniform", "kernels", "recompute_method", "uniform"),
+        ("--activations-checkpoint-num-layers 3", "kernels", "recompute_num_layers", 3),
+        ("--recompute-activations", "kernels", "recompute_granularity", "selective"),
+        ("--partition-activations", "kernels", "distribute_saved_activations", True),
+        ("--distribute-checkpointed-activations", "kernels", "distribute_saved_activations", True),
+        ("--checkpoint-in-cpu", "kernels", "recompute_inputs_on_host", True),
         ("--attention-backend local", "kernels", "attention_backend", "unfused"),
         ("--tokenizer-type GPTSentencePieceTokenizer", "data", "tokenizer_type", "SentencePieceTokenizer"),
         ("--tokenizer-type HFTokenizer", "data", "tokenizer_type", "HuggingFaceTokenizer"),
@@ -120,8 +128,8 @@ def test_value_that_asks_for_nothing_is_accepted(words: str) -> None:
     [
         ("--use-flash-attn-v2", "--attention-backend sdpa"),
         ("--use_flash_attn_triton", "--attention-backend sdpa"),
-        ("--recompute-activations", "--recompute-granularity full"),
-        ("--recompute-granularity selective", "selective recompute: this version does not have it"),
+        ("--synchronize-each-layer", "CUDA_LAUNCH_BLOCKING=1"),
+        ("--profile-backward", "nsys"),
         ("--attention-backend flash", "--attention-backend sdpa"),
         ("--num-experts 8", "mixture of experts"),
         ("--num-experts 8 16", "mixture of experts"),

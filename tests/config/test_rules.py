@@ -52,8 +52,53 @@ BROKEN: list[tuple[str, str, str]] = [
         "",
         "--rotary-high-freq-factor 8 & --rotary-scaling-type linear & llama3",
     ),
-    ("--recompute-num-layers 2", "", "--recompute-num-layers 2 & --recompute-granularity full"),
+    ("--recompute-num-layers 2", "", "--recompute-num-layers 2 & --recompute-granularity none & full or products"),
+    ("--recompute-method block", "", "--recompute-method block & --recompute-granularity none & full or products"),
+    (
+        "--recompute-granularity selective --recompute-method uniform",
+        "",
+        "--recompute-method uniform & --recompute-granularity selective & full or products",
+    ),
+    (
+        "--recompute-granularity selective --recompute-inputs-on-host",
+        "",
+        "--recompute-inputs-on-host & --recompute-granularity selective",
+    ),
+    (
+        "--recompute-granularity selective --distribute-saved-activations --tensor-model-parallel-size 2",
+        "",
+        "--distribute-saved-activations & --recompute-granularity selective",
+    ),
+    ("--recompute-granularity products", "", "--recompute-granularity products & --recompute-budget-gib 0"),
+    (
+        "--recompute-granularity full --recompute-budget-gib 2",
+        "",
+        "--recompute-budget-gib 2 & --recompute-granularity full & products",
+    ),
+    ("--recompute-budget-gib -1", "", "--recompute-budget-gib -1.0 & at least 0"),
     ("--recompute-granularity full --recompute-num-layers 5", "", "--recompute-num-layers 5 & --num-layers 4"),
+    (
+        "--recompute-granularity full --recompute-num-layers 4 --pipeline-model-parallel-size 2",
+        "",
+        "--recompute-num-layers 4 & the 3 blocks & at most 3",
+    ),
+    (
+        "--recompute-granularity full --recompute-method block --recompute-num-layers 3 "
+        "--pipeline-model-parallel-size 2 --pipeline-partition 2,2",
+        "",
+        "--recompute-num-layers 3 & the 2 blocks & at most 2",
+    ),
+    (
+        "--recompute-granularity full --distribute-saved-activations",
+        "",
+        "--distribute-saved-activations & --tensor-model-parallel-size 1",
+    ),
+    (
+        "--recompute-granularity full --distribute-saved-activations --tensor-model-parallel-size 2 "
+        "--sequence-parallel",
+        "",
+        "--distribute-saved-activations & --sequence-parallel",
+    ),
     ("--attention-dropout 1.0", "", "--attention-dropout 1.0 & in [0, 1)"),
     ("--hidden-dropout -0.5", "", "--hidden-dropout -0.5 & in [0, 1)"),
     ("--adam-beta2 1", "", "--adam-beta2 1.0 & in [0, 1)"),

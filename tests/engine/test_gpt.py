@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.parallel.recompute import FULL
 from tests.engine import toy
 from tests.model.tiny import VOCAB_SIZE, tiny_gpt
 from tests.ranks import run_on_ranks
 
 LENGTH = 8
 TIED, UNTIED = {"untie_embeddings_and_output_weights": False}, {"untie_embeddings_and_output_weights": True}
-RECOMPUTED = {"recompute_granularity": "full"}
+RECOMPUTED = {"recompute_policy": FULL}
 CASES = [
     (0, TIED),
     (1, TIED | RECOMPUTED),

@@ -13,6 +13,7 @@ from megatron.model.gpt import GPT
 from megatron.model.init import initialize_parameters
 from megatron.parallel.groups import create_groups
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.recompute import RecomputePolicy
 from tests.engine import toy
 from tests.model.tiny import LLAMA, VOCAB_SIZE, backend_called, random_tokens, tiny_config, tiny_gpt
 from tests.ranks import run_on_ranks
@@ -284,7 +285,7 @@ class Work:
     resume: list[Case] = dataclasses.field(default_factory=list)
 
 
-RECOMPUTE = {"recompute_granularity": "full", "recompute_num_layers": 2}
+RECOMPUTE = {"recompute_policy": RecomputePolicy(granularity="full", num_layers=2)}
 WORK = {
     2: Work(
         train=[Case((1, 2)), Case((3, 1), LLAMA | RECOMPUTE), Case((2, 2), RECOMPUTE)],

@@ -151,34 +151,6 @@ def test_grouped_heads_as_many_as_query_heads_are_plain_heads():
     torch.testing.assert_close(plain(tokens), grouped(tokens))
 
 
-@variants
-@pytest.mark.parametrize("num_layers", [1, 2, 5])
-def test_recompute_gives_the_same_gradients_with_dropout_on(variant, num_layers):
-    changes = {**variant, "attention_dropout": 0.2, "hidden_dropout": 0.2}
-    results = []
-    for granularity in ("none", "full"):
-        model = tiny_gpt(recompute_granularity=granularity, recompute_num_layers=num_layers, **changes)
-        torch.manual_seed(5)
-        results.append(gradients(model, random_tokens()))
-    assert all(torch.equal(kept, recomputed) for kept, recomputed in zip(*results, strict=True))
-
-
-def test_recompute_keeps_fewer_activations():
-    saved = {}
-    for granularity in ("none", "full"):
-        model = tiny_gpt(recompute_granularity=granularity)
-        sizes: list[int] = []
-
-        def note(tensor, sizes=sizes):
-            sizes.append(tensor.numel())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            model(random_tokens())
-        saved[granularity] = sum(sizes)
-    assert saved["full"] < saved["none"] / 3
-
-
 def test_dropout_is_off_in_evaluation_and_on_in_training():
     model, tokens = tiny_gpt(attention_dropout=0.3, hidden_dropout=0.3), random_tokens()
     assert not torch.equal(model(tokens), model(tokens))

@@ -8,13 +8,14 @@ import torch.distributed as dist
 from megatron.model.head import whole_logits
 from megatron.parallel.groups import create_groups
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.recompute import FULL
 from megatron.parallel.sharding import sharding_of, slice_of
 from tests.model.tiny import LLAMA, VOCAB_SIZE, random_tokens, tiny_gpt
 from tests.ranks import run_on_ranks
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "gpt2": {},
-    "llama": {**LLAMA, "qk_layernorm": True, "recompute_granularity": "full"},
+    "llama": {**LLAMA, "qk_layernorm": True, "recompute_policy": FULL},
 }
 
 

@@ -10,6 +10,7 @@ from megatron.kernels.registry import find_implementations
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize_parameters
 from megatron.parallel.groups import ParallelGroups
+from megatron.parallel.recompute import NONE, RecomputePolicy
 
 SIZES: dict[str, Any] = {
     "num_layers": 3,
@@ -48,8 +49,7 @@ def tiny_gpt(
     vocab_size: int = VOCAB_SIZE,
     seed: int = 1,
     groups: ParallelGroups | None = None,
-    recompute_granularity: str = "none",
-    recompute_num_layers: int = 1,
+    recompute_policy: RecomputePolicy = NONE,
     **changes: Any,
 ) -> GPT:
     config = tiny_config(**changes)
@@ -58,8 +58,7 @@ def tiny_gpt(
         vocab_size=vocab_size,
         groups=groups or ParallelGroups.alone(),
         attention=backend_called(backend),
-        recompute_granularity=recompute_granularity,
-        recompute_num_layers=recompute_num_layers,
+        recompute_policy=recompute_policy,
     )
     initialize_parameters(model, seed, config.init_method_std, config.num_layers)
     return model

@@ -1,0 +1,135 @@
+"""What backward computes again under each policy: the products of a unit of blocks, those kept and those repeated.
+
+Legend: s sequence, b micro-batch, t tensor ranks, u Ulysses ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron.config.model import ModelConfig
+from megatron.model.flops import attention_flops, block_parameters
+from megatron.parallel.recompute import RecomputePolicy
+from megatron.parallel.recompute_products import Product, ProductBudget
+
+AttentionProducts = Literal["fused", "written out", "opaque"]
+"""How the core of attention appears among a unit's products: as one that may be kept, as two, or not at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitShape:
+    """Sizes of what one rank computes of one micro-batch.
+
+    Attributes:
+        tokens: b x s / u, the rows of each product of a weight, with sequence parallelism as without.
+        seq_length: s.
+        tensor_size: t.
+        itemsize: bytes of an element.
+        documents: whether masks take the place of plain causality, so that a fused kernel computes every pair.
+        attention: "opaque" also for a fused kernel with dropout, which has to draw its numbers again.
+    """
+
+    tokens: int
+    seq_length: int
+    tensor_size: int = 1
+    itemsize: int = 2
+    documents: bool = False
+    attention: AttentionProducts = "fused"
+
+
+def unit_products(config: ModelConfig, shape: UnitShape, num_blocks: int) -> dict[int, Product]:
+    """List the products of a unit in the order in which they run, as `ProductBudget` sees them; results are names."""
+    block = list(_block_products(config, shape))
+    return {layer * len(block) + n: product for layer in range(num_blocks) for n, product in enumerate(block)}
+
+
+def kept_products(config: ModelConfig, shape: UnitShape, num_blocks: int, budget_bytes: int) -> dict[int, Product]:
+    """Choose from them what the policy "products" keeps, once it knows how far recompute goes."""
+    products = unit_products(config, shape, num_blocks)
+    budget = ProductBudget(budget_bytes)
+    budget.note_reach(len(products), len(products) - (config.hidden_dropout == 0))
+    return budget.choose(products, len(products))
+
+
+def recomputed_flops_per_token(
+    config: ModelConfig,
+    seq_length: int,
+    num_blocks: int,
+    policy: RecomputePolicy,
+    shape: UnitShape | None = None,
+    *,
+    causal: bool = False,
+) -> float:
+    """Count what backward computes again of one token in the blocks of one pipeline stage.
+
+    The second pass over a unit of blocks ends as soon as backward has all it needs. Only dropout needs the output of
+    the unit's last product; without it that product is not run again. Under "selective" the whole core of attention is
+    counted, as a fused kernel repeats it; one that is written out ends before its second product.
+
+    Args:
+        config: the architecture.
+        seq_length: s.
+        num_blocks: blocks of the stage.
+        policy: of the stage.
+        shape: needed under "products", to tell which are kept.
+        causal: count the half of attention that a causal model needs.
+    """
+    core = attention_flops(config, seq_length, causal=causal)
+    if policy.recomputes_attention:
+        return num_blocks * core
+    units = [unit.end - unit.first for unit in policy.units(num_blocks) if unit.is_recomputed]
+    flops = sum(units) * (2 * block_parameters(config) + core)
+    if config.hidden_dropout == 0:
+        flops -= len(units) * 2 * config.hidden_size * config.ffn_hidden_size
+    if shape is not None and policy.budget_bytes:
+        kept = [kept_products(config, shape, size, policy.budget_bytes) for size in units]
+        flops -= sum(_flops_per_token(product, config, core) for unit in kept for product in unit.values())
+    return flops
+
+
+def _flops_per_token(product: Product, config: ModelConfig, core: float) -> float:
+    """Count a product on all tensor ranks, in the convention in which `core` counts attention."""
+    hidden, heads = config.hidden_size, config.num_attention_heads * config.kv_channels
+    key_value = 2 * config.num_key_value_heads * config.kv_channels
+    halves = 2 if config.gated else 1
+    return {
+        "qkv": 2 * hidden * (heads + key_value),
+        "attention": core,
+        "scores": core / 2,
+        "weighted values": core / 2,
+        "attention output": 2 * heads * hidden,
+        "up": 2 * hidden * halves * config.ffn_hidden_size,
+        "down": 2 * config.ffn_hidden_size * hidden,
+    }[product.result]
+
+
+def _block_products(config: ModelConfig, shape: UnitShape) -> Iterator[Product]:
+    tensor, hidden = shape.tensor_size, config.hidden_size
+    heads = config.num_attention_heads * config.kv_channels // tensor
+    key_value = 2 * config.num_key_value_heads * config.kv_channels // tensor
+    inner = config.ffn_hidden_size // tensor
+
+    def product(name: str, in_features: int, out_features: int) -> Product:
+        elements = shape.tokens * out_features
+        return Product(name, 2 * elements * in_features, elements * shape.itemsize)
+
+    yield product("qkv", hidden, heads + key_value)
+    yield from _attention_products(config, shape)
+    yield product("attention output", heads, hidden)
+    yield product("up", hidden, (2 if config.gated else 1) * inner)
+    yield product("down", inner, hidden)
+
+
+def _attention_products(config: ModelConfig, shape: UnitShape) -> Iterator[Product]:
+    rows = shape.tokens * config.num_attention_heads // shape.tensor_size  # the exchange leaves their number alone
+    pairs = rows * shape.seq_length
+    flops, output_bytes = 2 * pairs * config.kv_channels, rows * config.kv_channels * shape.itemsize
+    if shape.attention == "fused":
+        statistics = 4 * rows  # the logarithm of each row's sum, in fp32
+        pair_of_products = 2 * flops if shape.documents else flops  # of the causal half alone
+        yield Product("attention", pair_of_products, output_bytes + statistics)
+    elif shape.attention == "written out":
+        yield Product("scores", flops, pairs * shape.itemsize)
+        yield Product("weighted values", flops, output_bytes)

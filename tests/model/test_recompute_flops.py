@@ -1,0 +1,102 @@
+"""What recompute is said to repeat agrees with a count of the products that ran."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron.model.flops import attention_flops
+from megatron.model.recompute_flops import UnitShape, kept_products, recomputed_flops_per_token, unit_products
+from megatron.parallel.recompute import FULL, NONE, RecomputePolicy
+from tests.model.tiny import LLAMA, random_tokens, tiny_config, tiny_gpt
+
+SEQUENCE, BATCH = 16, 2
+TOKENS = SEQUENCE * BATCH
+
+
+def counted_flops(policy, **changes):
+    """FLOPs of the second step: what products are kept depends on how far recompute went in the first."""
+    model, tokens = tiny_gpt(recompute_policy=policy, **changes), random_tokens(BATCH, SEQUENCE + 1)
+    for _ in range(2):
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+            model(tokens[:, :-1], labels=tokens[:, 1:]).backward()
+    return counter.get_total_flops()
+
+
+def forward_flops(query_shape, key_shape, *_, **__):
+    batch, heads, length, size = query_shape
+    return 4 * batch * heads * length * size * key_shape[2]
+
+
+def backward_flops(_, query_shape, key_shape, *__, **___):
+    return 2 * forward_flops(query_shape, key_shape)
+
+
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward_flops,
+}
+"""torch counts the kernel of GPUs alone. Every query is counted with every key."""
+
+changes = pytest.mark.parametrize("changes", [{}, LLAMA, {**LLAMA, "kv_channels": 16, "num_key_value_heads": 4}])
+dropouts = pytest.mark.parametrize("dropout", [0.0, 0.1])
+
+
+def repeated(policy, *, backend, **changes):
+    again, once = (counted_flops(p, backend=backend, **changes) for p in (policy, NONE))
+    return again - once
+
+
+def planned(policy, shape=None, **changes):
+    config = tiny_config(**changes)
+    return TOKENS * recomputed_flops_per_token(config, SEQUENCE, config.num_layers, policy, shape)
+
+
+@changes
+@dropouts
+@pytest.mark.parametrize(("method", "num_layers"), [("uniform", 1), ("uniform", 2), ("block", 1), ("block", 2)])
+def test_recomputed_flops_equal_the_counted_ones(changes, dropout, method, num_layers):
+    policy = RecomputePolicy(granularity="full", method=method, num_layers=num_layers)
+    changes = {**changes, "hidden_dropout": dropout}
+    assert repeated(policy, backend="unfused", **changes) == planned(policy, **changes) > 0
+
+
+@changes
+def test_selective_recompute_repeats_a_fused_core_whole_and_the_first_product_of_one_written_out(changes):
+    policy = RecomputePolicy(granularity="selective")
+    assert repeated(policy, backend="sdpa", **changes) == planned(policy, **changes)
+    assert repeated(policy, backend="unfused", **changes) == planned(policy, **changes) / 2
+
+
+@changes
+@dropouts
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize(("backend", "attention"), [("sdpa", "fused"), ("unfused", "written out")])
+def test_flops_with_kept_products_equal_the_counted_ones(changes, dropout, num_layers, backend, attention):
+    shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, itemsize=4, attention=attention)
+    changes = {**changes, "hidden_dropout": dropout}
+    found = []
+    for budget in (5_000, 20_000, 45_000, 200_000):
+        policy = RecomputePolicy(granularity="products", num_layers=num_layers, budget_bytes=budget)
+        found.append(repeated(policy, backend=backend, **changes))
+        assert found[-1] == planned(policy, shape, **changes), budget
+    assert found == sorted(found, reverse=True)
+    assert found[0] > found[-1] == 0
+
+
+def test_nothing_is_repeated_without_recompute():
+    assert planned(NONE) == 0
+
+
+def test_the_causal_count_halves_attention_alone():
+    config = tiny_config()
+    full, causal = (recomputed_flops_per_token(config, SEQUENCE, 3, FULL, causal=causal) for causal in (False, True))
+    assert full - causal == 3 * attention_flops(config, SEQUENCE, causal=True)
+
+
+def test_a_long_sequence_makes_attention_the_dearest_product():
+    config = tiny_config(hidden_size=64, ffn_hidden_size=256, hidden_dropout=0.1)
+    for seq_length, dearest in ((16, "down"), (1024, "attention")):
+        shape = UnitShape(tokens=seq_length, seq_length=seq_length)
+        sizes = {product.result: product.num_bytes for product in unit_products(config, shape, 1).values()}
+        kept = kept_products(config, shape, 1, max(sizes["down"], sizes["attention"]))
+        assert next(iter(kept.values())).result == dearest

@@ -1,0 +1,127 @@
+"""From the flags of recompute to the policy of each pipeline stage, and what is told of it."""
+
+import pytest
+
+from megatron.config.errors import ConfigError
+from megatron.config.kernels import KernelsConfig
+from megatron.config.model import ModelConfig
+from megatron.model.recompute_flops import UnitShape
+from megatron.parallel.groups import Group
+from megatron.training.recompute import GIB, build_recompute, micro_batches_in_flight, unit_budget_bytes
+
+MODEL = ModelConfig(num_layers=8, hidden_size=1024, num_attention_heads=16, hidden_dropout=0.0)
+SHAPE = UnitShape(tokens=4096, seq_length=2048)
+INPUT_BYTES = 4096 * 1024 * 2
+TENSOR = Group(ranks=(0, 1), rank=0, handle=None)
+
+
+def build(stage_blocks=(8,), *, shape=SHAPE, model=MODEL, sequence_parallel=False, micro_batches=4, **kernels):
+    return build_recompute(
+        KernelsConfig(**kernels),
+        model,
+        shape,
+        stage_blocks=stage_blocks,
+        num_micro_batches=micro_batches,
+        tensor=TENSOR,
+        sequence_parallel=sequence_parallel,
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "stages", "micro_batches", "in_flight"),
+    [(0, 1, 16, 1), (0, 4, 16, 4), (1, 4, 16, 3), (3, 4, 16, 1), (0, 4, 2, 2), (2, 4, 2, 2), (3, 4, 2, 1)],
+)
+def test_a_stage_holds_a_micro_batch_for_each_stage_behind_it_and_its_own(stage, stages, micro_batches, in_flight):
+    assert micro_batches_in_flight(stage, stages, micro_batches) == in_flight
+
+
+@pytest.mark.parametrize(("num_units", "stage", "share"), [(4, 0, 16), (4, 3, 4), (1, 0, 4), (24, 1, 72)])
+def test_a_budget_is_divided_over_units_and_micro_batches_in_flight(num_units, stage, share):
+    place = {"num_units": num_units, "stage": stage, "num_stages": 4}
+    found = unit_budget_bytes(1.5, num_micro_batches=8, **place)
+    assert found == int(1.5 * GIB) // share
+    assert unit_budget_bytes(1.5, num_micro_batches=1, **place) == int(1.5 * GIB) // num_units
+
+
+def test_a_stage_that_recomputes_nothing_has_no_budget():
+    assert unit_budget_bytes(1.5, num_units=0, stage=0, num_stages=1, num_micro_batches=8) == 0
+
+
+def test_every_stage_has_a_budget_of_its_own_and_the_policy_of_the_flags():
+    flags = {"recompute_method": "block", "recompute_num_layers": 2, "distribute_saved_activations": True}
+    recompute = build(
+        (3, 4, 1), recompute_granularity="products", recompute_budget_gib=1.0, recompute_inputs_on_host=True, **flags
+    )
+    assert [policy.budget_bytes for policy in recompute.policies] == [GIB // (2 * 3), GIB // (2 * 2), GIB]
+    for policy in recompute.policies:
+        assert (policy.granularity, policy.method, policy.num_layers) == ("products", "block", 2)
+        assert policy.on_host
+        assert policy.split_over is TENSOR
+
+
+def test_recompute_is_off_unless_it_is_asked_for():
+    recompute = build()
+    assert recompute.describe() is None
+    assert recompute.flops_per_token() == 0
+
+
+def test_flops_of_all_stages_are_those_of_the_model():
+    whole, parts = (build(blocks, recompute_granularity="full") for blocks in ((8,), (5, 3)))
+    assert whole.flops_per_token() == parts.flops_per_token() > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (
+            {"recompute_granularity": "full", "recompute_num_layers": 2},
+            " recompute: 8 blocks in units of 2; kept: their inputs (0.03 GiB)",
+        ),
+        (
+            {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
+            " recompute: 3 of 8 blocks; kept: their inputs (0.02 GiB), and all of the others",
+        ),
+        (
+            {
+                "recompute_granularity": "full",
+                "distribute_saved_activations": True,
+                "recompute_inputs_on_host": True,
+                "stage_blocks": (4, 4),
+            },
+            " recompute: 4 blocks of the first stage; kept: their inputs in the host's memory, divided over 2 tensor "
+            "ranks (0.03 GiB)",
+        ),
+        (
+            {"recompute_granularity": "products", "recompute_budget_gib": 0.4},
+            " recompute: 8 blocks; kept: their inputs (0.06 GiB), and of their products attention, qkv, attention "
+            "output (0.31 GiB)",
+        ),
+        (
+            {"recompute_granularity": "selective", "shape": UnitShape(tokens=4, seq_length=2, attention="written out")},
+            " recompute: the core of attention in 8 blocks; kept: its queries, keys and values, and all around it",
+        ),
+    ],
+)
+def test_what_is_recomputed_and_kept_is_told_once(flags, sentence):
+    assert build(**flags).describe() == sentence
+
+
+def test_it_is_told_when_selective_recompute_has_little_to_save():
+    sentence = build(recompute_granularity="selective").describe()
+    assert sentence.endswith("; this kernel keeps no s x s weights, so that little is saved")
+
+
+def test_inputs_are_counted_as_a_rank_holds_them():
+    assert build().input_bytes == INPUT_BYTES
+    assert build(sequence_parallel=True).input_bytes == INPUT_BYTES // 2
+    assert build(recompute_granularity="full", distribute_saved_activations=True).input_bytes == INPUT_BYTES // 2
+    fp32 = ModelConfig(num_layers=8, hidden_size=1024, num_attention_heads=16, fp32_residual_connection=True)
+    assert build(model=fp32).input_bytes == 2 * INPUT_BYTES
+
+
+def test_a_budget_that_holds_no_product_is_refused_with_the_numbers():
+    with pytest.raises(ConfigError) as caught:
+        build((4, 4), recompute_granularity="products", recompute_budget_gib=0.05)
+    assert len(caught.value.messages) == 1
+    for part in ("--recompute-budget-gib 0.05", f"{int(0.05 * GIB) // 8:,} bytes", "4 recomputed units x 2 micro"):
+        assert part in str(caught.value)
