@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.config.errors import ConfigError
-from megatron.parallel.collectives import reduce_from_group, reduce_scatter_sequence, sum_gradient
+from megatron.parallel.collectives import reduce_from_group, reduce_scatter_sequence
 from megatron.parallel.groups import Group
 from megatron.parallel.sharding import InitKind, divide, mark_init, mark_sharded
 
@@ -64,52 +64,10 @@ class VocabParallelEmbedding(nn.Module):
         return collect(_rows_held_here(tokens_sb, self.weight, self.group), self.group)
 
 
-class LearnedPositions(nn.Module):
-    """Table of position vectors, whole on every rank, added to the hidden states.
-
-    With sequence parallelism a rank adds the vectors of its shard's positions, and the table is read through
-    `sum_gradient` so that its gradient is complete on every rank.
-
-    Parameters are empty until initialised (`mark_init`).
-
-    Args:
-        max_positions: rows of the table, the longest sequence.
-        hidden_size: h.
-        group: the tensor group.
-        sequence_parallel: whether the hidden states are this rank's shard of the sequence.
-    """
-
-    def __init__(self, max_positions: int, hidden_size: int, *, group: Group, sequence_parallel: bool = False) -> None:
-        super().__init__()
-        self.shards = group if sequence_parallel else Group.alone()
-        self.weight = nn.Parameter(torch.empty(max_positions, hidden_size))
-        mark_init(self.weight, "normal")
-
-    def forward(self, hidden: Tensor, position_ids_bs: Tensor | None = None, offset: int = 0) -> Tensor:
-        """Add each token's position vector.
-
-        Args:
-            hidden: [s, b, h], or [s/t, b, h] with sequence parallelism.
-            position_ids_bs: position of each token of the whole sequence [b, s]; counted from `offset` when None.
-            offset: position of the first token, when earlier ones are in a cache.
-
-        Raises:
-            ConfigError: the sequence is longer than the table.
-        """
-        table = sum_gradient(self.weight, self.shards)
-        length = hidden.shape[0]
-        first = self.shards.rank * length
-        if position_ids_bs is not None:
-            return hidden + F.embedding(position_ids_bs.t()[first : first + length], table)
-        _check_length(offset + self.shards.size * length, table.shape[0])
-        return hidden + table[offset + first : offset + first + length].unsqueeze(1)
-
-
 class SequenceShardedPositions(nn.Module):
     """Table of position vectors, its rows divided over the ranks of a group, added to the hidden states.
 
-    Rank r owns rows [r L/t, (r + 1) L/t) of L. Its logical tensor, name and start are those of `LearnedPositions`, so
-    that a checkpoint of one is a checkpoint of the other; weight, gradient and optimizer states take 1/t of the memory.
+    Rank r owns rows [r L/t, (r + 1) L/t) of L: weight, gradient and optimizer states take 1/t of the memory.
 
     Each rank looks up the positions that fall into its rows and the sum over the ranks completes the vectors, as in
     `VocabParallelEmbedding`. A whole sequence of L tokens under sequence parallelism needs no communication: each
@@ -137,7 +95,16 @@ class SequenceShardedPositions(nn.Module):
         mark_init(self.weight, "normal")
 
     def forward(self, hidden: Tensor, position_ids_bs: Tensor | None = None, offset: int = 0) -> Tensor:
-        """Add each token's position vector; arguments and errors are those of `LearnedPositions.forward`."""
+        """Add each token's position vector.
+
+        Args:
+            hidden: [s, b, h], or [s/t, b, h] with sequence parallelism.
+            position_ids_bs: position of each token of the whole sequence [b, s]; counted from `offset` when None.
+            offset: position of the first token, when earlier ones are in a cache.
+
+        Raises:
+            ConfigError: the sequence is longer than the table.
+        """
         if position_ids_bs is not None:
             return hidden + self._look_up(position_ids_bs.t())
         length = hidden.shape[0] * (self.group.size if self.sequence_parallel else 1)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from megatron.config.errors import ConfigError
-from megatron.parallel.embedding import LearnedPositions, SequenceShardedPositions, VocabParallelEmbedding
+from megatron.parallel.embedding import SequenceShardedPositions, VocabParallelEmbedding
 from megatron.parallel.groups import Group
 from megatron.parallel.sharding import describe_sharding, init_of
 from tests.parallel.logical import assert_matches_dense, device, fill, logical, tensor_group
@@ -33,11 +33,11 @@ class PlainPositions(nn.Module):
 
 
 class GivenPositions(nn.Module):
-    def __init__(self, layer_class, position_ids_bs, group, sequence_parallel, offset=0):
+    def __init__(self, position_ids_bs, group, sequence_parallel, offset=0):
         super().__init__()
         self.position_ids_bs = position_ids_bs
         self.offset = offset
-        self.positions = layer_class(8, 4, group=group, sequence_parallel=sequence_parallel)
+        self.positions = SequenceShardedPositions(8, 4, group=group, sequence_parallel=sequence_parallel)
 
     def forward(self, hidden):
         return self.positions(hidden, self.position_ids_bs, self.offset)
@@ -50,12 +50,12 @@ def embedding_matches_dense(sequence_parallel):
     assert_matches_dense(layer, PlainEmbedding(), TOKENS_BS.to(device()), group, output_dim=output_dim)
 
 
-def positions_match_dense(sequence_parallel, layer_class=LearnedPositions):
+def positions_match_dense(sequence_parallel):
     group = tensor_group()
     dim = 0 if sequence_parallel else None
     ids_bs = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3], [0, 0, 7, 2]], device="cpu").to(device())
     for length, offset, given_bs in ((8, 0, None), (4, 0, None), (4, 3, None), (4, 0, ids_bs)):
-        layer = GivenPositions(layer_class, given_bs, group, sequence_parallel, offset)
+        layer = GivenPositions(given_bs, group, sequence_parallel, offset)
         counted_bs = torch.arange(offset, offset + length).expand(3, length)
         dense = PlainPositions(counted_bs if given_bs is None else given_bs)
         assert_matches_dense(layer, dense, logical(9, length, 3, 4), group, input_dim=dim, output_dim=dim)
@@ -72,13 +72,8 @@ def test_vocab_parallel_embedding_matches_dense(sequence_parallel):
 
 
 @BOTH_LAYOUTS
-def test_learned_positions_match_dense_and_get_full_gradient(sequence_parallel):
-    run_on_ranks(2, positions_match_dense, sequence_parallel)
-
-
-@BOTH_LAYOUTS
 def test_positions_whose_rows_are_spread_over_ranks_match_dense(sequence_parallel):
-    run_on_ranks(2, positions_match_dense, sequence_parallel, SequenceShardedPositions)
+    run_on_ranks(2, positions_match_dense, sequence_parallel)
 
 
 def test_spread_positions_of_a_whole_sequence_of_shards_need_no_communication():
@@ -87,13 +82,13 @@ def test_spread_positions_of_a_whole_sequence_of_shards_need_no_communication():
     assert torch.equal(layer(torch.zeros(4, 1, 4)).squeeze(1), logical(0, 8, 4)[4:])
 
 
-def test_spread_positions_are_the_plain_table_under_the_same_name():
+def test_spread_positions_are_a_plain_table_of_rows():
     spread = SequenceShardedPositions(8, 4, group=Group(ranks=(0, 1), rank=1, handle=None))
-    plain = LearnedPositions(8, 4, group=Group.alone())
-    shapes = [{n: s.logical_shape for n, s in describe_sharding(layer).items()} for layer in (spread, plain)]
-    assert shapes[0] == shapes[1] == {"weight": (8, 4)}
-    assert init_of(spread.weight) == init_of(plain.weight)
-    assert torch.equal(fill(spread).weight, fill(plain).weight[4:])
+    whole = SequenceShardedPositions(8, 4, group=Group.alone())
+    for layer in (spread, whole):
+        assert {name: s.logical_shape for name, s in describe_sharding(layer).items()} == {"weight": (8, 4)}
+        assert init_of(layer.weight) == "normal"
+    assert torch.equal(fill(spread).weight, fill(whole).weight[4:])
 
 
 def test_a_position_outside_of_a_spread_table_is_an_error_as_in_the_plain_one():
@@ -111,16 +106,14 @@ def test_embedding_on_a_group_of_one_is_the_plain_embedding():
     assert_matches_dense(layer, PlainEmbedding(), TOKENS_BS, Group.alone())
 
 
-@pytest.mark.parametrize("layer_class", [LearnedPositions, SequenceShardedPositions])
-def test_positions_continue_at_the_offset_of_a_cache(layer_class):
-    positions = fill(layer_class(8, 4, group=Group.alone()))
+def test_positions_continue_at_the_offset_of_a_cache():
+    positions = fill(SequenceShardedPositions(8, 4, group=Group.alone()))
     hidden = logical(9, 6, 3, 4)
     assert torch.equal(positions(hidden)[4:], positions(hidden[4:], offset=4))
 
 
-@pytest.mark.parametrize("layer_class", [LearnedPositions, SequenceShardedPositions])
-def test_a_sequence_longer_than_the_table_is_refused(layer_class):
-    positions = layer_class(8, 4, group=Group.alone())
+def test_a_sequence_longer_than_the_table_is_refused():
+    positions = SequenceShardedPositions(8, 4, group=Group.alone())
     with pytest.raises(ConfigError, match="a sequence of 9 tokens exceeds --max-position-embeddings 8"):
         positions(torch.ones(9, 1, 4))
 
