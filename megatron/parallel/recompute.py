@@ -13,13 +13,12 @@ What is recomputed, and what is kept meanwhile, are one policy:
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from torch import is_grad_enabled
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from megatron.parallel.groups import Group
 from megatron.parallel.recompute_inputs import keep_inputs
@@ -90,11 +89,9 @@ class RecomputePolicy:
         return units if recomputed == num_blocks else [*units, Unit(recomputed, num_blocks, False)]
 
     @cached_property
-    def _products(self) -> ProductBudget:
-        return ProductBudget(self.budget_bytes)
-
-    def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return self._products.contexts() if self.budget_bytes else noop_context_fn()
+    def _options(self) -> dict[str, Any]:
+        """What torch is told of this policy: nothing where nothing is kept, as it compiles no contexts."""
+        return {"context_fn": ProductBudget(self.budget_bytes).contexts} if self.budget_bytes else {}
 
 
 NONE = RecomputePolicy()
@@ -106,7 +103,9 @@ def recompute(function: Callable[..., T], *args: object, policy: RecomputePolicy
 
     Dropout draws the same numbers both times. torch restores its default generators for the second call and puts them
     back after it; the streams of single ranks (`random.rank_stream`) are derived from these, so they repeat as well.
-    Collectives inside are repeated too, on all ranks alike. Where autograd is off, it is a plain call.
+    Collectives inside are repeated too, on all ranks alike. Where autograd is off, it is a plain call. Code that
+    torch.compile has translated may be recomputed, and recompute be part of such code; with kept products torch runs
+    the former untranslated, and refuses the latter.
 
     Args:
         function: any computation that gives the same result from the same arguments and random state.
@@ -118,9 +117,7 @@ def recompute(function: Callable[..., T], *args: object, policy: RecomputePolicy
         return function(*args)
     with keep_inputs(args, policy.split_over, on_host=policy.on_host):
         # Non-reentrant, because that one nests, takes any arguments and leaves parameters' hooks alone.
-        result: T = checkpoint(
-            function, *args, use_reentrant=False, preserve_rng_state=True, context_fn=policy._contexts
-        )
+        result: T = checkpoint(function, *args, use_reentrant=False, preserve_rng_state=True, **policy._options)
     return result
 
 

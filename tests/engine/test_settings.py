@@ -1,5 +1,6 @@
 """DeepSpeed's dictionary says everything that matters, and refuses what contradicts the flags. Runs without torch."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -97,6 +98,13 @@ def test_offload_keeps_torchs_optimizer_on_the_host():
     settings = build(cpu_optimizer=True, device_type="cuda")
     assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert settings["zero_force_ds_cpu_optimizer"] is False
+
+
+@pytest.mark.parametrize("granularity", ["none", "full", "selective", "products"])
+def test_linear_layers_add_no_bias_in_place_where_their_products_are_kept(granularity):
+    config = dataclasses.replace(make_config(), kernels=KernelsConfig(recompute_granularity=granularity))
+    zero = build_settings(config, None, data_parallel_size=3, device_type="cpu")["zero_optimization"]
+    assert zero["memory_efficient_linear"] == (granularity != "products")
 
 
 def test_a_file_may_choose_deepspeeds_adam():

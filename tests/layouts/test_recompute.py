@@ -8,6 +8,7 @@ import shlex
 import pytest
 import torch
 
+from megatron.parallel.recompute_products import ProductBudget
 from tests.layouts.recorded import MODELS, record
 from tests.ranks import run_on_ranks
 
@@ -51,18 +52,34 @@ LAYOUTS = {
 
 
 def differences(layouts):
-    """For each layout and policy: how the run differs from that of the layout without recompute."""
-    found = {}
+    """For each layout and policy: how the run differs from that of the layout without recompute, and what it kept."""
+    found, kept = {}, note_kept_products()
     for layout, model, policies in layouts:
         flags = [*MODELS[model], *DROPOUT, *shlex.split(layout)]
         plain = record(flags)
         for policy in policies:
+            kept.clear()
             run = record([*flags, *shlex.split(policy)])
+            assert all(kept), "each unit is to keep some products"
+            assert bool(kept) == ("products" in policy)
             found[layout, model, policy] = [
                 name for name in ("losses", "grad_norms", "params_norms") if getattr(run, name) != getattr(plain, name)
             ] + [name for name, weight in plain.final.items() if not torch.equal(run.final[name], weight)]
         assert len(set(plain.losses)) == len(plain.losses) == 3, "each step is to change the weights"
     return found
+
+
+def note_kept_products():
+    """The number of products that each unit of this process keeps from now on."""
+    numbers, choose = [], ProductBudget.choose
+
+    def noted(self, products, total):
+        kept = choose(self, products, total)
+        numbers.append(len(kept))
+        return kept
+
+    ProductBudget.choose = noted
+    return numbers
 
 
 @pytest.mark.parametrize("ranks", LAYOUTS)
