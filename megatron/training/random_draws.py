@@ -1,0 +1,114 @@
+"""Which dropout masks the ranks of a layout draw: the same where they hold the same, others where they do not.
+
+Hidden states that all tensor ranks hold must be dropped alike on them; shards of the sequence, heads, and the samples
+and tokens of other replicas must be dropped apart. A mask that is drawn twice makes a run that looks healthy and
+learns from less noise than one rank's; masks that differ on copies make the copies drift.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron.model.attention import Attention
+from megatron.model.dropout import HiddenDropout
+from megatron.parallel.mesh import AXES, Coordinates
+from megatron.parallel.ulysses import UlyssesAttention
+from megatron.training.certificate import Finding, describe_place
+
+
+@dataclass
+class Draws:
+    """What one rank drew: for each module that drops, a print of every mask in the order of drawing.
+
+    Attributes:
+        attention: by name of the attention module.
+        hidden: by name of the hidden states' dropout.
+    """
+
+    coordinates: Coordinates
+    attention: dict[str, list[Tensor]] = field(default_factory=dict)
+    hidden: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def watch(self, module: nn.Module) -> None:
+        """Have every module that drops note its masks from now on."""
+        for name, part in module.named_modules():
+            if isinstance(part, HiddenDropout) and part.probability:
+                part.register_forward_hook(_noting_zeros(self.hidden.setdefault(name, [])))
+            if isinstance(part, Attention) and part.dropout:
+                attend = part.attend
+                prints = self.attention.setdefault(name, [])
+                if isinstance(attend, UlyssesAttention):  # its inner function draws the mask of this rank's heads
+                    part.attend = UlyssesAttention(_noting_weights(attend.attend, prints), attend.group)
+
+
+def compare_draws(draws: Sequence[Draws], *, sequence_parallel: bool) -> Iterator[Finding]:
+    """Check every pair of ranks that hold the same modules, and every pair of one rank's own masks."""
+    for kind, split_over_tensor in (("attention", True), ("hidden", sequence_parallel)):
+        names = sorted({name for drawn in draws for name in getattr(drawn, kind)})
+        for name in names:
+            holders = [(drawn, getattr(drawn, kind)[name]) for drawn in draws if name in getattr(drawn, kind)]
+            wrong = [*_repeated(holders, draws), *_wrong_pairs(holders, draws, split_over_tensor)]
+            yield Finding(
+                precision="fp32",
+                what="random stream",
+                name=name,
+                error=float(len(wrong)),
+                bound=0.0,
+                where=wrong[0] if wrong else "",
+            )
+
+
+def _repeated(holders: Sequence[tuple[Draws, list[Tensor]]], draws: Sequence[Draws]) -> Iterator[str]:
+    for drawn, masks in holders:
+        if any(torch.equal(one, other) for one, other in itertools.combinations(masks, 2)):
+            yield f"{describe_place(drawn.coordinates, draws) or 'the rank'} draws a mask twice"  # type: ignore[arg-type]
+
+
+def _wrong_pairs(
+    holders: Sequence[tuple[Draws, list[Tensor]]], draws: Sequence[Draws], split_over_tensor: bool
+) -> Iterator[str]:
+    for (one, masks), (other, others) in itertools.combinations(holders, 2):
+        axes = [axis for axis, a, b in zip(AXES, one.coordinates, other.coordinates, strict=True) if a != b]
+        apart = axes != ["tensor"] or split_over_tensor
+        equal = [torch.equal(mask, twin) for mask, twin in zip(masks, others, strict=True)]
+        if apart and any(equal):
+            told = "draw the same mask"
+        elif not apart and not all(equal):
+            told = "draw different masks for the same values"
+        else:
+            continue
+        places = (describe_place(place.coordinates, draws) for place in (one, other))  # type: ignore[arg-type]
+        yield f"{' and '.join(places)} {told}"
+
+
+def _noting_zeros(masks: list[Tensor]) -> Callable[..., None]:
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        masks.append((output.detach() == 0).cpu())
+
+    return note
+
+
+def _noting_weights(attend: Callable[..., Tensor], prints: list[Tensor]) -> Callable[..., Tensor]:
+    """Attend once more, before the real call and from the same random state, to values that show the mask."""
+
+    def noting(query_sbnd: Tensor, key_sbkd: Tensor, value_sbkd: Tensor, **options: Any) -> Tensor:
+        shape = value_sbkd.shape
+        # One column of the weights a channel would need as many channels as tokens; a print needs different values.
+        values = torch.linspace(0.5, 1.5, shape[0] * shape[3], device=value_sbkd.device).view(shape[0], 1, 1, shape[3])
+        probe = values.to(value_sbkd.dtype).expand(shape).contiguous()
+        with torch.no_grad(), torch.random.fork_rng(_devices(value_sbkd)):
+            shown = attend(torch.zeros_like(query_sbnd), torch.zeros_like(key_sbkd), probe, **options)
+        prints.append(shown.cpu())
+        return attend(query_sbnd, key_sbkd, value_sbkd, **options)
+
+    return noting
+
+
+def _devices(tensor: Tensor) -> list[int]:
+    return [] if tensor.device.index is None else [tensor.device.index]
