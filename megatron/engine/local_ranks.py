@@ -81,13 +81,13 @@ def _collect(connections: Sequence[Any], deadline: float, folder: str) -> list[A
     """Wait for every rank's answer, or for the first failure and what the others say within the grace period."""
     results: dict[int, Any] = {}
     failures: dict[int, BaseException | None] = {}
-    waiting = {connection: rank for rank, connection in enumerate(connections)}
+    waiting: dict[Any, int] = {connection: rank for rank, connection in enumerate(connections)}
     while waiting:
-        ready = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        ready: list[Any] = multiprocessing.connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             break
         for connection in ready:
-            rank = waiting.pop(connection)  # type: ignore[call-overload]
+            rank = waiting.pop(connection)
             try:
                 succeeded, answer = pickle.loads(connection.recv_bytes())  # noqa: S301 - written by our own child
             except EOFError:
