@@ -31,21 +31,22 @@ def task_of(flags: str, ranks: int, steps: int, folder: Path) -> Task:
     return prepare(config, ranks=ranks, steps=steps, folder=folder)
 
 
-def certify_all(tasks: Mapping[str, Task], cases: Sequence[Case]) -> list[Certificate]:
+def certify_all(tasks: Mapping[str, Task], cases: Sequence[Case], backend: str = "gloo") -> list[Certificate]:
     """Give the certificate of each case; all tasks have as many ranks."""
-    (references,) = run_on_ranks(1, be_references, dict(tasks), initialize=False, deepspeed=True)
+    how: dict[str, Any] = {"backend": backend, "initialize": False, "deepspeed": True, "timeout": 300}
+    (references,) = run_on_ranks(1, be_references, dict(tasks), **how)
     (ranks,) = {task.ranks for task in tasks.values()}
     ready = {name: task for name, (task, _) in references.items()}
-    answers = run_on_ranks(ranks, be_layouts, ready, list(cases), initialize=False, deepspeed=True)
+    answers = run_on_ranks(ranks, be_layouts, ready, list(cases), **how)
     return [
         judge(ready[name], references[name][1], [of_rank[index] for of_rank in answers])
         for index, (name, _) in enumerate(cases)
     ]
 
 
-def certify_right(tasks: Mapping[str, Task]) -> dict[str, Certificate]:
+def certify_right(tasks: Mapping[str, Task], backend: str = "gloo") -> dict[str, Certificate]:
     """Give the certificates of layouts without defects."""
-    return dict(zip(tasks, certify_all(tasks, [(name, none) for name in tasks]), strict=True))
+    return dict(zip(tasks, certify_all(tasks, [(name, none) for name in tasks], backend), strict=True))
 
 
 def be_references(tasks: dict[str, Task]) -> dict[str, Any]:
