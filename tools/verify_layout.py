@@ -90,7 +90,7 @@ def prove(config: RunConfig, arguments: argparse.Namespace, folder: Path) -> tup
         return task, certificate
     except RankFailedError as error:
         print(error, file=sys.stderr)
-        print(f"NO VERDICT: the layout failed on {task.ranks} ranks")
+        print("NO VERDICT: a rank failed while it trained")
         return task, None
 
 
@@ -109,10 +109,14 @@ def show(certificate: Certificate, *, everything: bool, seconds: float) -> None:
     """Print what was compared, the worst of it, and the verdict."""
     from rich.console import Console
 
+    from megatron.training.certificate import describe_bounds
+
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120
     console.print(summary(certificate))
+    for precision in dict.fromkeys(found.precision for found in certificate.findings):
+        console.print(f"bounds in {precision}: {describe_bounds(precision)}", markup=False)
     parameters = [found for found in certificate.worst_first if found.what not in ("loss", "gradient norm")]
     listed = certificate.worst_first if everything else parameters[:SHOWN]
     console.print(details(listed, title="everything, worst first" if everything else "worst parameters"))

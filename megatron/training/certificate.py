@@ -8,11 +8,11 @@ parameter and g that of all, the bounds are
 |------------|---------------------------------------|--------------------------------------------|
 | loss, norm | 1e-5                                  | max(2 e, 4 u)                              |
 | gradient   | 1e-5 + 4 u |g| / |g_p|                | max(2 e, u) + u |g| / (4 |g_p|)            |
-| travel     | 1e-5 + u (|w_p| + 256 d_p) / |t_p|    | max(2 e, u) + u (|w_p| + 8 d_p) / |t_p|    |
+| travel     | k 1e-5 + u (|w_p| + 256 d_p) / |t_p|  | max(2 e, u) + u (|w_p| + 8 d_p) / |t_p|    |
 | start      | 0: bit for bit as on one rank         | 0: in the same precision                   |
 
 with e the error of one rank in that precision (4 e where e is above 1/2, for what is rounding alone). A travel t_p is
-how far a weight w_p went in all optimizer steps, and d_p how far it would have gone at the average over all entries.
+how far a weight w_p went in all k optimizer steps, and d_p how far it would have gone at the average over all entries.
 The second terms are for gradients that cancel, such as those of keys' biases, and for travels of which a weight holds
 only the first digits.
 """
@@ -136,22 +136,30 @@ def compare(precision: str, ranks: Sequence[Trained], same: Trained, exact: Trai
         _whole(same.training.travels()),
         _whole(exact.training.travels()),
         _whole(exact.training.final),
+        num_steps=len(exact.training.losses),
     )
 
 
 def compare_gradients(what: str, found: Sequence[Record], expected: Sequence[Record]) -> Iterator[Finding]:
     """Compare two runs of one layout in fp32, rank by rank; a parameter's worst rank counts."""
-    names = {name for record in expected for name in record.initial}
-    gradients = [(record.gradients(), other.gradients()) for record, other in zip(found, expected, strict=True)]
-    for name in sorted(names):
-        copies = {
-            describe_place(record.coordinates, found): (own[name].tensor, other[name].tensor)
-            for record, (own, other) in zip(found, gradients, strict=True)
-            if name in other
-        }
-        errors = {where: relative_error(own, other) for where, (own, other) in copies.items()}
-        where = max(errors, key=errors.__getitem__)
-        yield Finding(precision="fp32", what=what, name=name, error=errors[where], bound=BOUND, where=where)
+    places = [record.coordinates for record in found]
+    errors: dict[str, dict[str, float]] = {}
+    for place, one, other in zip(places, found, expected, strict=True):
+        gradients = one.gradients()
+        for name, wanted in other.gradients().items():
+            error = relative_error(gradients[name].tensor, wanted.tensor)
+            errors.setdefault(name, {})[describe_place(place, places)] = error
+    for name, of_ranks in sorted(errors.items()):
+        where = max(of_ranks, key=lambda rank: _finite(of_ranks[rank]))
+        yield Finding(precision="fp32", what=what, name=name, error=of_ranks[where], bound=BOUND, where=where)
+
+
+def describe_bounds(precision: str) -> str:
+    """Say in a line what errors in this precision may be; the module says it in full."""
+    unit = f"u = 2^{math.log2(UNIT_ROUNDOFF[precision]):.0f}"
+    if precision == "fp32":
+        return f"error/|g_p| <= 1e-5 + 4 u |g|/|g_p|, {unit}; travel: 1e-5 a step + u (|w_p| + 256 d_p)/|t_p|"
+    return f"error/|g_p| <= max(2 x one rank's, u) + u |g|/4|g_p|, {unit}; travel: ... + u (|w_p| + 8 d_p)/|t_p|"
 
 
 class _Comparison:
@@ -195,21 +203,23 @@ class _Comparison:
         same: Mapping[str, Tensor],
         exact: Mapping[str, Tensor],
         weights: Mapping[str, Tensor],
+        *,
+        num_steps: int,
     ) -> Iterator[Finding]:
-        """Compare how far each weight went."""
+        """Compare how far each weight went: in fp32 each of the steps may add its rounding."""
         mean = _total(exact) / math.sqrt(sum(travel.numel() for travel in exact.values()))
         for name, travel in exact.items():
             weight = weights[name].norm().item()
             scale = travel.norm().item() or weight or 1.0
             average = mean * math.sqrt(travel.numel())
-            bound = self._bound(relative_error(same[name], travel))
+            bound = self._bound(relative_error(same[name], travel), exact=num_steps * BOUND)
             bound += self.unit * (weight + CANCELLED_TRAVEL[self.precision] * average) / scale
             yield self._worst("travel", name, found.get(name, {}), travel, bound=bound, scale=scale)
 
-    def _bound(self, own: float, units: int = 1) -> float:
-        """Bound an error, where `own` is one rank's in this precision; a single number may be off by some units."""
+    def _bound(self, own: float, units: int = 1, exact: float = BOUND) -> float:
+        """Bound an error: in fp32 by `exact`, else by `own`, that of one rank, or some units of rounding."""
         if self.precision == "fp32":
-            return BOUND
+            return exact
         return max((2 if own < ROUNDING_ALONE else 4) * own, units * self.unit)
 
     def _worst(
@@ -218,7 +228,7 @@ class _Comparison:
         if not copies:
             return self._finding(what, name, math.inf, bound, "no rank holds it")
         errors = {where: _distance(copy, wanted) / scale for where, copy in copies.items()}
-        where = max(errors, key=lambda place: math.inf if math.isnan(errors[place]) else errors[place])
+        where = max(errors, key=lambda place: _finite(errors[place]))
         return self._finding(what, name, errors[where], bound, where)
 
     def _finding(self, what: str, name: str, error: float, bound: float, where: str = "") -> Finding:
@@ -230,10 +240,10 @@ def relative_error(value: Tensor, wanted: Tensor) -> float:
     return _distance(value, wanted) / (wanted.norm().item() or 1.0)
 
 
-def describe_place(coordinates: Coordinates, records: Sequence[Record]) -> str:
+def describe_place(place: Coordinates, among: Sequence[Coordinates]) -> str:
     """Name a rank by its places on those axes that have several: "data 1, tensor 0"."""
-    several = [axis for i, axis in enumerate(AXES) if len({record.coordinates[i] for record in records}) > 1]
-    return ", ".join(f"{axis} {getattr(coordinates, axis)}" for axis in several)
+    several = [axis for index, axis in enumerate(AXES) if len({other[index] for other in among}) > 1]
+    return ", ".join(f"{axis} {getattr(place, axis)}" for axis in several)
 
 
 def _total(tensors: Mapping[str, Tensor]) -> float:
@@ -247,7 +257,11 @@ def _distance(value: Tensor, wanted: Tensor) -> float:
 
 
 def _relative(value: float, wanted: float) -> float:
-    error = abs(value - wanted) / (abs(wanted) or 1.0)
+    return _finite(abs(value - wanted) / (abs(wanted) or 1.0))
+
+
+def _finite(error: float) -> float:
+    """Let what is not a number be the largest of all errors."""
     return math.inf if math.isnan(error) else error
 
 
@@ -257,17 +271,18 @@ def _whole(held: Mapping[str, Held]) -> dict[str, Tensor]:
 
 def _copies(held: Sequence[Mapping[str, Held]], records: Sequence[Record]) -> dict[str, dict[str, Tensor]]:
     """Join the tensor ranks' shards: name of parameter -> place -> logical tensor, one for each copy there is."""
+    places = [record.coordinates for record in records]
     lines: dict[tuple[int, ...], list[int]] = {}
-    for index in sorted(range(len(records)), key=lambda index: records[index].coordinates):
-        lines.setdefault(records[index].coordinates[:-1], []).append(index)
+    for index in sorted(range(len(places)), key=places.__getitem__):
+        lines.setdefault(places[index][:-1], []).append(index)
     copies: dict[str, dict[str, Tensor]] = {}
     for line in lines.values():
         for name, first in held[line[0]].items():
             shards = [held[index][name].tensor for index in line]
             if first.sharding.dim is None or first.sharding.num_shards == 1:
-                places = {describe_place(records[index].coordinates, records): held[index][name] for index in line}
-                copies.setdefault(name, {}).update({place: shard.tensor for place, shard in places.items()})
+                found = {describe_place(places[index], places): held[index][name].tensor for index in line}
             else:
-                place = describe_place(records[line[0]].coordinates._replace(tensor=0), records)
-                copies.setdefault(name, {})[place.removesuffix(", tensor 0")] = join_shards(shards, first.sharding)
+                where = describe_place(places[line[0]], [place._replace(tensor=0) for place in places])
+                found = {where: join_shards(shards, first.sharding)}
+            copies.setdefault(name, {}).update(found)
     return copies

@@ -9,14 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from megatron.config import scaled_down
 from megatron.config.deepspeed_json import read_deepspeed_json
 from megatron.config.derived import data_parallel_size
+from megatron.config.errors import ConfigError
 from megatron.config.rules import check_rules
 from megatron.config.sections import RunConfig
 from megatron.data.indexed import IndexedDatasetWriter
-from megatron.engine.launch import RankEnvironment
+from megatron.engine.launch import RankEnvironment, device_type
 from megatron.engine.local_ranks import run_local_ranks
 from megatron.training.certificate import Certificate, Finding, Trained, compare, compare_gradients
 from megatron.training.random_draws import Draws, compare_draws
@@ -81,20 +83,19 @@ def prepare(config: RunConfig, *, ranks: int | None, steps: int, folder: Path) -
         folder: for the files; stays as long as the task.
 
     Raises:
-        ConfigError: the ranks are no multiple of the layout's, or the small run would break a rule.
+        ConfigError: the ranks are no multiple of the layout's, the small run would break a rule, or this host cannot
+            run it.
     """
-    parallel = config.parallel
+    parallel, prefix = config.parallel, folder / "text"
     ranks = ranks or scaled_down.smallest_world(parallel, config.engine.zero_stage)
-    prefix = folder / "text"
     small = scaled_down.scale_down(
         config, data_size=data_parallel_size(parallel, ranks), steps=steps, data_prefix=str(prefix)
     )
     check_rules(small, ranks)
+    _check_devices(config.training.precision, ranks)
     write_text(prefix, vocab_size=small.data.vocab_size or 0, seq_length=small.data.seq_length)
-    settings = _own_settings(config)
-    if settings:
-        file = folder / "deepspeed.json"
-        file.write_text(json.dumps(settings))
+    settings, file = _own_settings(config), folder / "deepspeed.json"
+    file.write_text(json.dumps(settings))
     engine = replace(small.engine, deepspeed_config=str(file) if settings else None)
     return Task(whole=config, small=replace(small, engine=engine), ranks=ranks)
 
@@ -183,6 +184,19 @@ def write_text(prefix: Path, *, vocab_size: int, seq_length: int) -> None:
             ids = random.integers(end, size=seq_length)
             ids[random.random(seq_length) < random.random() ** 2] = end
             file.add_document(ids.astype(np.uint16))
+
+
+def _check_devices(precision: str, ranks: int) -> None:
+    if device_type() == "cpu":
+        if precision == "fp16":
+            raise ConfigError(["--precision fp16 needs GPUs, of which none is here: verify with --precision bf16."])
+    elif torch.cuda.device_count() < ranks:
+        raise ConfigError(
+            [
+                f"the layout takes {ranks} ranks and {torch.cuda.device_count()} GPUs are here: give fewer with "
+                "--ranks, or set DS_ACCELERATOR=cpu to verify it on the CPU."
+            ]
+        )
 
 
 def _own_settings(config: RunConfig) -> dict[str, object]:

@@ -8,7 +8,7 @@ learns from less noise than one rank's; masks that differ on copies make the cop
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,11 +49,11 @@ class Draws:
 
 def compare_draws(draws: Sequence[Draws], *, sequence_parallel: bool) -> Iterator[Finding]:
     """Check every pair of ranks that hold the same modules, and every pair of one rank's own masks."""
+    places = [drawn.coordinates for drawn in draws]
     for kind, split_over_tensor in (("attention", True), ("hidden", sequence_parallel)):
-        names = sorted({name for drawn in draws for name in getattr(drawn, kind)})
-        for name in names:
-            holders = [(drawn, getattr(drawn, kind)[name]) for drawn in draws if name in getattr(drawn, kind)]
-            wrong = [*_repeated(holders, draws), *_wrong_pairs(holders, draws, split_over_tensor)]
+        for name in sorted({name for drawn in draws for name in getattr(drawn, kind)}):
+            masks = {drawn.coordinates: getattr(drawn, kind)[name] for drawn in draws if name in getattr(drawn, kind)}
+            wrong = [*_repeated(masks, places), *_wrong_pairs(masks, places, split_over_tensor)]
             yield Finding(
                 precision="fp32",
                 what="random stream",
@@ -64,27 +64,24 @@ def compare_draws(draws: Sequence[Draws], *, sequence_parallel: bool) -> Iterato
             )
 
 
-def _repeated(holders: Sequence[tuple[Draws, list[Tensor]]], draws: Sequence[Draws]) -> Iterator[str]:
-    for drawn, masks in holders:
-        if any(torch.equal(one, other) for one, other in itertools.combinations(masks, 2)):
-            yield f"{describe_place(drawn.coordinates, draws) or 'the rank'} draws a mask twice"  # type: ignore[arg-type]
+def _repeated(masks: Mapping[Coordinates, list[Tensor]], places: Sequence[Coordinates]) -> Iterator[str]:
+    for place, drawn in masks.items():
+        if any(torch.equal(one, other) for one, other in itertools.combinations(drawn, 2)):
+            yield f"{describe_place(place, places)} draws a mask twice"
 
 
 def _wrong_pairs(
-    holders: Sequence[tuple[Draws, list[Tensor]]], draws: Sequence[Draws], split_over_tensor: bool
+    masks: Mapping[Coordinates, list[Tensor]], places: Sequence[Coordinates], split_over_tensor: bool
 ) -> Iterator[str]:
-    for (one, masks), (other, others) in itertools.combinations(holders, 2):
-        axes = [axis for axis, a, b in zip(AXES, one.coordinates, other.coordinates, strict=True) if a != b]
-        apart = axes != ["tensor"] or split_over_tensor
-        equal = [torch.equal(mask, twin) for mask, twin in zip(masks, others, strict=True)]
-        if apart and any(equal):
-            told = "draw the same mask"
-        elif not apart and not all(equal):
-            told = "draw different masks for the same values"
-        else:
+    for one, other in itertools.combinations(masks, 2):
+        axes = [axis for axis, a, b in zip(AXES, one, other, strict=True) if a != b]
+        if "pipeline" in axes:  # a layer that two stages share
             continue
-        places = (describe_place(place.coordinates, draws) for place in (one, other))  # type: ignore[arg-type]
-        yield f"{' and '.join(places)} {told}"
+        apart = axes != ["tensor"] or split_over_tensor
+        equal = [torch.equal(mask, twin) for mask, twin in zip(masks[one], masks[other], strict=True)]
+        if any(equal) if apart else not all(equal):
+            told = "draw the same mask" if apart else "draw different masks for the same values"
+            yield f"{describe_place(one, places)} and {describe_place(other, places)} {told}"
 
 
 def _noting_zeros(masks: list[Tensor]) -> Callable[..., None]:
