@@ -140,7 +140,7 @@ def with_dropout(config: RunConfig, model: ModelConfig) -> RunConfig:
 
 def without_recompute(kernels: KernelsConfig) -> KernelsConfig:
     """Keep all activations."""
-    return replace(kernels, **_defaults(kernels, "recompute_"))
+    return replace(kernels, **_defaults(kernels, ("recompute_", "distribute_saved_activations")))
 
 
 def describe_changes(before: RunConfig, after: RunConfig) -> Iterator[str]:
@@ -171,9 +171,9 @@ def without_flags(user: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return kept
 
 
-def _defaults(section: Any, prefix: str) -> dict[str, Any]:
+def _defaults(section: Any, prefixes: tuple[str, ...]) -> dict[str, Any]:
     """Give the defaults of those fields of a section whose names start so."""
-    return {field.name: field.default for field in fields(section) if field.name.startswith(prefix)}
+    return {field.name: field.default for field in fields(section) if field.name.startswith(prefixes)}
 
 
 def _small_parallel(parallel: ParallelConfig) -> ParallelConfig:
@@ -284,7 +284,7 @@ def _constant_rates(optimizer: OptimizerConfig) -> OptimizerConfig:
     """Keep the peak learning rate: schedules are functions of counters, the same in every layout."""
     return replace(
         optimizer,
-        **_defaults(optimizer, "lr_") | {"lr_decay_style": "constant"},
+        **_defaults(optimizer, ("lr_",)) | {"lr_decay_style": "constant"},
         start_weight_decay=optimizer.weight_decay,
         end_weight_decay=optimizer.weight_decay,
         weight_decay_incr_style="constant",

@@ -45,6 +45,8 @@ class Draws:
                 prints = self.attention.setdefault(name, [])
                 if isinstance(attend, UlyssesAttention):  # its inner function draws the mask of this rank's heads
                     part.attend = UlyssesAttention(_noting_weights(attend.attend, prints), attend.group)
+                else:
+                    part.attend = _noting_weights(attend, prints)
 
 
 def compare_draws(draws: Sequence[Draws], *, sequence_parallel: bool) -> Iterator[Finding]:
@@ -53,7 +55,7 @@ def compare_draws(draws: Sequence[Draws], *, sequence_parallel: bool) -> Iterato
     for kind, split_over_tensor in (("attention", True), ("hidden", sequence_parallel)):
         for name in sorted({name for drawn in draws for name in getattr(drawn, kind)}):
             masks = {drawn.coordinates: getattr(drawn, kind)[name] for drawn in draws if name in getattr(drawn, kind)}
-            wrong = [*_repeated(masks, places), *_wrong_pairs(masks, places, split_over_tensor)]
+            wrong = [*_wrong_alone(masks, places), *_wrong_pairs(masks, places, split_over_tensor)]
             yield Finding(
                 precision="fp32",
                 what="random stream",
@@ -64,8 +66,10 @@ def compare_draws(draws: Sequence[Draws], *, sequence_parallel: bool) -> Iterato
             )
 
 
-def _repeated(masks: Mapping[Coordinates, list[Tensor]], places: Sequence[Coordinates]) -> Iterator[str]:
+def _wrong_alone(masks: Mapping[Coordinates, list[Tensor]], places: Sequence[Coordinates]) -> Iterator[str]:
     for place, drawn in masks.items():
+        if not drawn:
+            yield f"{describe_place(place, places)} draws no mask"
         if any(torch.equal(one, other) for one, other in itertools.combinations(drawn, 2)):
             yield f"{describe_place(place, places)} draws a mask twice"
 
@@ -86,7 +90,8 @@ def _wrong_pairs(
 
 def _noting_zeros(masks: list[Tensor]) -> Callable[..., None]:
     def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        masks.append((output.detach() == 0).cpu())
+        stream = inputs[1] if len(inputs) > 1 and inputs[1] is not None else 0.0  # what is left may be added to
+        masks.append((output.detach() == stream).cpu())
 
     return note
 

@@ -129,8 +129,8 @@ def gradient_norm_counts_copies():
 def document_mask_is_dropped():
     right = gpt.GPT.context
 
-    def context(self, tokens, position_ids=None, attention_mask=None, cache=None):
-        return right(self, tokens, position_ids, None, cache)
+    def context(self, tokens, position_ids=None, *masks, **named_masks):
+        return right(self, tokens, position_ids)
 
     return patch.object(gpt.GPT, "context", context)
 
@@ -177,8 +177,8 @@ def first_stage_drops_a_micro_batch():
 def padding_takes_part_in_the_softmax():
     right = gpt.masked_loss
 
-    def loss(logits, labels, mask, *, vocab_size, group):
-        return right(logits, labels, mask, vocab_size=logits.shape[-1] * group.size, group=group)
+    def loss(logits, labels, mask, *, vocab_size, group, **options):
+        return right(logits, labels, mask, vocab_size=logits.shape[-1] * group.size, group=group, **options)
 
     return patch.object(gpt, "masked_loss", loss)
 
