@@ -72,8 +72,8 @@ def record_run(
     Raises:
         UserError: the run cannot be built.
     """
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats(environment.local_rank)
+    if torch.cuda.is_initialized():  # by an earlier run of this process
+        torch.cuda.reset_peak_memory_stats()
     trainer = build_trainer(config, environment)
     trainer.engine = recorded = RecordedEngine(trainer.engine, trainer.plan.total_iterations or 0)
     if watch is not None:
