@@ -25,7 +25,7 @@ from megatron.config.sections import RunConfig, all_flags
 from megatron.config.training import TrainingConfig
 
 GRADIENT_LR = 2.0**20
-"""Learning rate of the step that shows the gradient: so large that the weight itself is lost in its own rounding."""
+"""Learning rate of the step that shows the gradient: beside so large a step the weight rounds nothing away."""
 
 ADAM_EPS_SHARE = 0.1
 """Of the root mean square of the gradient's entries: from there on Adam's step is proportional to the gradient."""
@@ -62,12 +62,9 @@ def scale_down(config: RunConfig, *, data_size: int, steps: int, data_prefix: st
         data_prefix: token files to read; ids are below `small_vocabulary(...)`.
     """
     parallel = _small_parallel(config.parallel)
-    model = _small_model(config.model, config.parallel, parallel, config.data.seq_length)
-    if config.kernels.recompute_num_layers > 1:
-        model = replace(model, num_layers=max(model.num_layers, 3))
     return replace(
         config,
-        model=model,
+        model=_small_model(config.model, parallel, config.data.seq_length),
         parallel=parallel,
         kernels=_small_kernels(config.kernels),
         training=_small_training(config.training, parallel, data_size, steps),
@@ -104,17 +101,11 @@ def in_precision(config: RunConfig, precision: str) -> RunConfig:
 
 def showing_gradients(config: RunConfig) -> RunConfig:
     """Give one step of plain SGD, from whose weights the gradient can be read."""
-    plain: dict[str, Any] = {
-        "optimizer": "sgd",
-        "sgd_momentum": 0.0,
-        "lr": GRADIENT_LR,
-        "min_lr": 0.0,
-        "clip_grad": 0.0,
-    }
-    decay: dict[str, Any] = dict.fromkeys(("weight_decay", "start_weight_decay", "end_weight_decay"), 0.0)
+    none = ("min_lr", "clip_grad", "sgd_momentum", "weight_decay", "start_weight_decay", "end_weight_decay")
+    plain: dict[str, Any] = {"optimizer": "sgd", "lr": GRADIENT_LR, **dict.fromkeys(none, 0.0)}
     return replace(
         config,
-        optimizer=replace(config.optimizer, **plain, **decay),
+        optimizer=replace(config.optimizer, **plain),
         training=replace(config.training, train_iters=1),
     )
 
@@ -186,7 +177,7 @@ def _small_parallel(parallel: ParallelConfig) -> ParallelConfig:
     )
 
 
-def _small_model(model: ModelConfig, before: ParallelConfig, parallel: ParallelConfig, seq_length: int) -> ModelConfig:
+def _small_model(model: ModelConfig, parallel: ParallelConfig, seq_length: int) -> ModelConfig:
     tensor = parallel.tensor_model_parallel_size
     heads, key_value_heads = _small_heads(model, parallel)
     head_size = _small_head_size(model, tensor)
@@ -249,7 +240,7 @@ def _small_length(parallel: ParallelConfig) -> int:
 
 
 def _small_depth(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Give two blocks; in a pipeline one a stage and one more, so that stages differ where they may."""
+    """Give two blocks; in a pipeline one more than stages, so that these differ where they may."""
     if parallel.stage_blocks is not None:
         return sum(parallel.stage_blocks)
     return min(parallel.pipeline_model_parallel_size + 1, model.num_layers)

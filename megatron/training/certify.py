@@ -140,14 +140,17 @@ def be_the_layout(environment: RankEnvironment, task: Task) -> RankAnswer:
         answer.trained[name] = Trained(gradient=gradient, training=record_run(config, environment))
     if not task.draws:
         return answer
-    dropping = scaled_down.in_precision(scaled_down.showing_gradients(task.small), "fp32")
-    dropping = scaled_down.with_dropout(dropping, task.whole.model)
-    keeping = replace(dropping, kernels=scaled_down.without_recompute(dropping.kernels))
+    dropping = scaled_down.with_dropout(scaled_down.showing_gradients(task.small), task.whole.model)
     answer.draws = Draws(coordinates=answer.trained["fp32"].training.coordinates)
-    kept = record_run(keeping, environment, watch=answer.draws.watch)
+    record_run(_keeping_activations(dropping), environment, watch=answer.draws.watch)
     if task.replays:
-        answer.replayed = record_run(dropping, environment), kept
+        exact = scaled_down.in_precision(dropping, "fp32")
+        answer.replayed = record_run(exact, environment), record_run(_keeping_activations(exact), environment)
     return answer
+
+
+def _keeping_activations(config: RunConfig) -> RunConfig:
+    return replace(config, kernels=scaled_down.without_recompute(config.kernels))
 
 
 def judge(task: Task, alone: dict[str, Trained], answers: Sequence[RankAnswer]) -> Certificate:
@@ -159,7 +162,9 @@ def _findings(task: Task, alone: dict[str, Trained], answers: Sequence[RankAnswe
     for name in task.precisions:
         yield from compare(name, [answer.trained[name] for answer in answers], same=alone[name], exact=alone["fp32"])
     draws = [answer.draws for answer in answers if answer.draws is not None]
-    yield from compare_draws(draws, sequence_parallel=task.small.parallel.sequence_parallel)
+    yield from compare_draws(
+        draws, precision=task.small.training.precision, sequence_parallel=task.small.parallel.sequence_parallel
+    )
     replayed = [answer.replayed for answer in answers if answer.replayed is not None]
     if replayed:
         yield from compare_gradients("recompute", *zip(*replayed, strict=True))

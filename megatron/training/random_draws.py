@@ -49,7 +49,7 @@ class Draws:
                     part.attend = _noting_weights(attend, prints)
 
 
-def compare_draws(draws: Sequence[Draws], *, sequence_parallel: bool) -> Iterator[Finding]:
+def compare_draws(draws: Sequence[Draws], *, precision: str, sequence_parallel: bool) -> Iterator[Finding]:
     """Check every pair of ranks that hold the same modules, and every pair of one rank's own masks."""
     places = [drawn.coordinates for drawn in draws]
     for kind, split_over_tensor in (("attention", True), ("hidden", sequence_parallel)):
@@ -57,7 +57,7 @@ def compare_draws(draws: Sequence[Draws], *, sequence_parallel: bool) -> Iterato
             masks = {drawn.coordinates: getattr(drawn, kind)[name] for drawn in draws if name in getattr(drawn, kind)}
             wrong = [*_wrong_alone(masks, places), *_wrong_pairs(masks, places, split_over_tensor)]
             yield Finding(
-                precision="fp32",
+                precision=precision,
                 what="random stream",
                 name=name,
                 error=float(len(wrong)),

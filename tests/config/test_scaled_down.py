@@ -28,6 +28,7 @@ RUNS = [
     "--ds-sequence-parallel-size 8 --num-key-value-heads 4 --max-position-embeddings 8192 --reset-attention-mask",
     "--pipeline-model-parallel-size 4 --pipeline-partition 9,9,9,5 --micro-batch-size 4 --global-batch-size 64",
     "--pipeline-model-parallel-size 3 --recompute-granularity full --recompute-num-layers 4",
+    "--pipeline-model-parallel-size 2 --pipeline-partition 16,16 --recompute-granularity full --recompute-num-layers 4",
     "--zero-stage 3 --cpu-optimizer --optimizer sgd --clip-grad 0 --rampup-batch-size 8 8 1000 --global-batch-size 64",
     "--position-embedding-type rope --rotary-scaling-type llama3 --rotary-scaling-factor 8 --disable-bias-linear",
     "--precision fp16 --lr-decay-style WSD --lr-wsd-decay-iters 10 --lr-warmup-iters 10 --kv-channels 96 --save out",
