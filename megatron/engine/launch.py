@@ -88,7 +88,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> RankEnvironm
     for launcher in _LAUNCHERS:
         if any(name in variables for name in launcher.rank):
             return _read(launcher, variables)
-    port = _integer(variables, ("MASTER_PORT",)) if "MASTER_PORT" in variables else _free_port()
+    port = _integer(variables, ("MASTER_PORT",)) if "MASTER_PORT" in variables else free_port()
     return RankEnvironment(
         rank=0, local_rank=0, world_size=1, master_address="127.0.0.1", master_port=port, launcher="none"
     )
@@ -214,7 +214,7 @@ def _master_port(variables: Mapping[str, str], world_size: int) -> int:
     if "MASTER_PORT" in variables:
         return _integer(variables, ("MASTER_PORT",))
     if world_size == 1:
-        return _free_port()
+        return free_port()
     if "SLURM_JOB_ID" in variables:  # the same on all ranks, and different for two jobs that share a host
         return 20_000 + _integer(variables, ("SLURM_JOB_ID",)) % 10_000
     return DEFAULT_PORT
@@ -240,21 +240,35 @@ def _integer(variables: Mapping[str, str], names: tuple[str, ...], default: int 
     return default
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Find a TCP port of this host that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _select_device(environment: RankEnvironment) -> torch.device:
+def device_type() -> str:
+    """Say where ranks of this host compute: "cuda" where there are GPUs, unless `DS_ACCELERATOR=cpu` keeps them off.
+
+    Raises:
+        LaunchError: the variable asks for what is not there.
+    """
     import torch
 
     wish = os.environ.get("DS_ACCELERATOR")
     if wish not in (None, "cpu", "cuda"):
         raise LaunchError(f"DS_ACCELERATOR={wish}: this framework runs on 'cuda' or 'cpu'; set one of them or none")
-    if wish == "cpu" or not torch.cuda.is_available():
-        if wish == "cuda":
-            raise LaunchError("DS_ACCELERATOR=cuda but torch sees no GPU here: unset it to run on the CPU")
+    if wish != "cpu" and torch.cuda.is_available():
+        return "cuda"
+    if wish == "cuda":
+        raise LaunchError("DS_ACCELERATOR=cuda but torch sees no GPU here: unset it to run on the CPU")
+    return "cpu"
+
+
+def _select_device(environment: RankEnvironment) -> torch.device:
+    import torch
+
+    if device_type() == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if environment.local_rank >= count:
