@@ -298,6 +298,7 @@ def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, attention
     if layout := [f"{name} {size}" for name, size in place.layout.items() if size > 1]:
         shards = ", sequence_parallel" if config.parallel.sequence_parallel else ""
         yield f" layout: {', '.join(layout)}{shards}"
+    yield from place.rank_table
     yield f" attention: {attention}"
     if config.parallel.stage_blocks is not None:
         yield describe_pipeline(config.parallel.stage_blocks, training.global_batch_size // plan.samples_per_micro_step)
