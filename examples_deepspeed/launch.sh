@@ -166,7 +166,6 @@ if [ -n "${DRY_RUN:-}" ]; then
 fi
 [ "$launcher" != none ] || exec "${command[@]}"
 printf 'starting:%s\n' "$(printf ' %q' "${command[@]}")" >&2
-[ "$launcher" != srun ] || exec "${command[@]}" # it gives signals to all of its ranks itself
 
 # The launchers kill ranks that have not left some seconds after a signal, or die of it and leave them running. So the
 # ranks get it, and not their launcher, which then sees them save and leave; and this script stays until the last is gone.
@@ -187,8 +186,8 @@ pass_on() { # SIGNAL
     local ranks
     asked=$1
     ranks=$(ranks_below "$job")
-    if [ "$launcher" = mpirun ] && [ "$1" != INT ]; then
-        kill -USR1 "$job" # which it gives to its ranks on all hosts; after a SIGTERM they would have one second
+    if [[ "$launcher" =~ ^(srun|mpirun)$ && "$1" != INT ]]; then
+        kill -USR1 "$job" # which they give to the ranks on all hosts; after a SIGTERM they kill them at once
     elif [ -n "$ranks" ] && [ "$1" != INT ]; then
         # shellcheck disable=SC2086 # numbers
         kill "-$1" $ranks
