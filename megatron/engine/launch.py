@@ -127,15 +127,28 @@ def quiet_stdout() -> Iterator[None]:
             log.debug("deepspeed: %s", line)
 
 
-def _select_device(environment: RankEnvironment) -> torch.device:
+def device_type() -> str:
+    """Say where ranks of this host compute: "cuda" where there are GPUs, unless `DS_ACCELERATOR=cpu` keeps them off.
+
+    Raises:
+        LaunchError: the variable asks for what is not there.
+    """
     import torch
 
     wish = os.environ.get("DS_ACCELERATOR")
     if wish not in (None, "cpu", "cuda"):
         raise LaunchError(f"DS_ACCELERATOR={wish}: this framework runs on 'cuda' or 'cpu'; set one of them or none")
-    if wish == "cpu" or not torch.cuda.is_available():
-        if wish == "cuda":
-            raise LaunchError("DS_ACCELERATOR=cuda but torch sees no GPU here: unset it to run on the CPU")
+    if wish != "cpu" and torch.cuda.is_available():
+        return "cuda"
+    if wish == "cuda":
+        raise LaunchError("DS_ACCELERATOR=cuda but torch sees no GPU here: unset it to run on the CPU")
+    return "cpu"
+
+
+def _select_device(environment: RankEnvironment) -> torch.device:
+    import torch
+
+    if device_type() == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if environment.local_rank >= count:

@@ -66,7 +66,7 @@ def parse_environment(variables: Mapping[str, str]) -> RankEnvironment:
     complete = [launcher for launcher in found if any(name in variables for name in launcher.local_rank)]
     if found:
         return _read((complete or found)[0], variables)
-    port = _integer(variables, ("MASTER_PORT",)) if "MASTER_PORT" in variables else _free_port()
+    port = _integer(variables, ("MASTER_PORT",)) if "MASTER_PORT" in variables else free_port()
     return RankEnvironment(
         rank=0, local_rank=0, world_size=1, master_address="127.0.0.1", master_port=port, launcher="none"
     )
@@ -144,7 +144,7 @@ def _master_port(variables: Mapping[str, str], world_size: int) -> int:
     if "MASTER_PORT" in variables:
         return _integer(variables, ("MASTER_PORT",))
     if world_size == 1:
-        return _free_port()
+        return free_port()
     if "SLURM_JOB_ID" in variables:  # the same on all ranks, and different for two jobs that share a host
         return 20_000 + _integer(variables, ("SLURM_JOB_ID",)) % 10_000
     return DEFAULT_PORT
@@ -162,7 +162,8 @@ def _integer(variables: Mapping[str, str], names: tuple[str, ...], default: int 
     return default
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Find a TCP port of this host that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
