@@ -21,7 +21,7 @@ check() { # NAME COMMAND...
 if [ "${1:-}" = --write-docs ]; then
     exec "$python" tools/generate_flag_reference.py
 fi
-mapfile -t scripts < <(git ls-files --cached --others --exclude-standard '*.sh' .ci/run)
+mapfile -t scripts < <(git ls-files --cached --others --exclude-standard '*.sh' '*.sbatch' .ci/run)
 check "style" "$bin/ruff" check .
 check "format" "$bin/ruff" format --check .
 check "types" "$bin/mypy"

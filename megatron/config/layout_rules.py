@@ -81,7 +81,11 @@ def axes_divide_the_world(parallel: ParallelConfig, world_size: int | None) -> I
     ranks = sizes[0] * sizes[1] * sizes[2]
     if world_size is not None and world_size % ranks:
         product = " x ".join(f"{spell(name)} {size}" for name, size in zip(AXES, sizes, strict=True))
-        yield f"this launch has {world_size} ranks, which is not a multiple of {product} = {ranks}."
+        fewer, more = world_size // ranks * ranks, -(-world_size // ranks) * ranks
+        yield (
+            f"this launch has {world_size} ranks, which is not a multiple of {product} = {ranks}: start "
+            f"{f'{fewer} or ' if fewer else ''}{more} ranks, or change the layout."
+        )
 
 
 def half_precision_needs_zero(training: TrainingConfig, engine: EngineConfig) -> Iterator[str]:

@@ -48,8 +48,8 @@ def _unchanged(batch: Any) -> Any:
 
 def _leave_signals_to_the_rank(_: int) -> None:
     """Let a signal to the whole process group reach the rank alone, which then saves and ends its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def build_loader(

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron.config.errors import UserError
-from megatron.engine.launch import RankEnvironment, device_type, free_port
+from megatron.engine.launch import device_type
+from megatron.engine.launchers import RankEnvironment, free_port
 
 PRELOADED = ["megatron.engine.quiet_deepspeed"]
 

@@ -19,7 +19,7 @@ from megatron.config.deepspeed_json import read_deepspeed_json
 from megatron.config.sections import RunConfig
 from megatron.data.tokenizer.build import build_tokenizer
 from megatron.engine.interface import Engine
-from megatron.engine.launch import RankEnvironment
+from megatron.engine.launchers import RankEnvironment
 from megatron.engine.settings import build_settings
 from megatron.kernels.attention.interface import AttentionBackend, AttentionRequest
 from megatron.kernels.attention.pick import pick_attention
@@ -320,6 +320,7 @@ def _describe(
     if layout := [f"{name} {size}" for name, size in place.layout.items() if size > 1]:
         shards = ", sequence_parallel" if config.parallel.sequence_parallel else ""
         yield f" layout: {', '.join(layout)}{shards}"
+    yield from place.rank_table
     yield f" attention: {attention}"
     if sentence := recompute.describe():
         yield sentence

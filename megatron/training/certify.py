@@ -18,7 +18,8 @@ from megatron.config.errors import ConfigError
 from megatron.config.rules import check_rules
 from megatron.config.sections import RunConfig
 from megatron.data.indexed import IndexedDatasetWriter
-from megatron.engine.launch import RankEnvironment, device_type
+from megatron.engine.launch import device_type
+from megatron.engine.launchers import RankEnvironment
 from megatron.engine.local_ranks import run_local_ranks
 from megatron.training.certificate import Certificate, Finding, Trained, compare, compare_gradients
 from megatron.training.random_draws import Draws, compare_draws

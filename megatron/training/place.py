@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -9,21 +10,24 @@ import torch
 
 from megatron.config.derived import data_parallel_size
 from megatron.config.parallel import ParallelConfig
-from megatron.engine.launch import RankEnvironment, start
+from megatron.engine.launch import start
+from megatron.engine.launchers import RankEnvironment
 from megatron.parallel.groups import ParallelGroups, create_groups
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.random import RandomStreams, seed_everything
 from megatron.training.control import Control
+from megatron.training.rank_table import Seat, describe_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where this process runs and with whom."""
+    """Where this process runs and with whom; `rank_table` are the lines that tell it of all ranks."""
 
     device: torch.device
     groups: ParallelGroups
     control: Control
     streams: RandomStreams
+    rank_table: tuple[str, ...] = ()
 
     @property
     def layout(self) -> dict[str, int]:
@@ -48,4 +52,6 @@ def join_ranks(parallel: ParallelConfig, seed: int, environment: RankEnvironment
     )
     groups = create_groups(mesh, environment.rank, timeout)
     streams = seed_everything(seed, groups, device)
-    return Place(device=device, groups=groups, control=Control.of_world(timeout), streams=streams)
+    control = Control.of_world(timeout)
+    table = describe_ranks(mesh, [Seat(*seat) for seat in control.gather((socket.gethostname(), str(device)))])
+    return Place(device=device, groups=groups, control=control, streams=streams, rank_table=tuple(table))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron.config.sections import RunConfig
 from megatron.engine.interface import Engine, MicroBatch, StepResult
-from megatron.engine.launch import RankEnvironment
+from megatron.engine.launchers import RankEnvironment
 from megatron.parallel.groups import ParallelGroups
 from megatron.parallel.mesh import Coordinates
 from megatron.parallel.sharding import Sharding, sharding_of

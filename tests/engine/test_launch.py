@@ -10,12 +10,14 @@ from datetime import timedelta
 
 import pytest
 
-from megatron.engine.launch import LaunchError, RankEnvironment, first_host, quiet_stdout, read_environment
+from megatron.engine.launch import LaunchError, RankEnvironment, quiet_stdout, read_environment
 from tests.ranks import run_on_ranks
 
 SRUN = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "12345"}
 BARE_SRUN = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2"}
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+HYDRA = {"PMI_RANK": "2", "PMI_SIZE": "3", "MPI_LOCALRANKID": "2"}
+MVAPICH = {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_LOCAL_RANK": "1"}
 
 
 def at(address, port):
@@ -34,6 +36,11 @@ def at(address, port):
         (SRUN | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"} | at("h", 7), (1, 1, 2, "h", 7)),
         (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, (1, 1, 2, "127.0.0.1", 29500)),
         ({"PMI_RANK": "1", "PMI_SIZE": "2", "PALS_LOCAL_RANKID": "0"} | at("h", 7), (1, 0, 2, "h", 7)),
+        (HYDRA | {"MPI_LOCALNRANKS": "3"}, (2, 2, 3, "127.0.0.1", 29500)),
+        (MVAPICH | {"MV2_COMM_WORLD_LOCAL_SIZE": "2"}, (1, 1, 2, "127.0.0.1", 29500)),
+        # mpirun in a SLURM job: its daemons are tasks of srun, on the hosts other than the first
+        (SRUN | OPEN_MPI | {"SLURM_JOB_NODELIST": "a[1-2]", "SLURM_STEP_NODELIST": "a2"}, (1, 1, 2, "a1", 22345)),
+        (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "8", "SLURM_JOB_NODELIST": "a[1-2]"}, (5, 1, 8, "a1", 22345)),
     ],
 )
 def test_each_launcher_is_understood(variables, expected):
@@ -66,20 +73,13 @@ def test_without_a_launcher_the_run_is_one_process_on_a_free_port():
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, ("MASTER_ADDR is not set",)),
         (OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, ("MASTER_ADDR is not set", "mpirun -x")),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, ("SLURM_NTASKS=8", "srun")),
+        ({"PMIX_RANK": "1"}, ("PMIX_RANK=1", "mpirun or srun")),
     ],
 )
 def test_a_wrong_environment_is_named_with_the_way_out(variables, parts):
     with pytest.raises(LaunchError) as caught:
         read_environment(variables)
     assert all(part in str(caught.value) for part in parts), caught.value
-
-
-@pytest.mark.parametrize(
-    ("nodelist", "host"),
-    [("a", "a"), ("a,b", "a"), ("n[01-04]", "n01"), ("n[7,9-11]-ib,x", "n7-ib"), ("cab-12,cab-13", "cab-12")],
-)
-def test_the_first_host_of_a_node_list(nodelist, host):
-    assert first_host(nodelist) == host
 
 
 def test_what_is_printed_becomes_debug_records(capsys, caplog):
