@@ -18,7 +18,6 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
 from megatron.config.errors import ConfigError
@@ -26,6 +25,7 @@ from megatron.engine.checkpoint_files import CheckpointFiles, read_file
 from megatron.engine.interface import CheckpointError, Engine, MicroBatch, StepResult
 from megatron.engine.launch import quiet_stdout
 from megatron.engine.mpu import DeepSpeedGroups
+from megatron.engine.zero import forget_groups, prepare_zero
 from megatron.parallel.collectives import reduce_from_group
 from megatron.parallel.groups import ParallelGroups
 
@@ -50,6 +50,7 @@ def build_flat_engine(
     Raises:
         ConfigError: DeepSpeed refuses a setting.
     """
+    prepare_zero(model, settings["zero_optimization"], groups)
     engine, linear = initialize(model, param_groups, settings, DeepSpeedGroups(groups))
     return FlatEngine(engine, groups, device, linear)
 
@@ -166,7 +167,7 @@ class FlatEngine:
         """See `Engine.close`."""
         with quiet_stdout():
             self._engine.destroy()
-        deepspeed_groups.mpu = None  # a global that outlives its engine
+        forget_groups()
         F.linear = self._linear  # ZeRO-3 replaces it for the whole process
 
     @property

@@ -10,7 +10,10 @@ from tests.ranks import run_on_ranks
 BOUND = 1e-5
 """Relative error of each step's loss in fp32."""
 
-COMMON = "--train-iters 20 --global-batch-size 8 --rampup-batch-size 4 4 32 --micro-batch-size 1 --no-log-params-norm"
+COMMON = (
+    "--train-iters 20 --global-batch-size 8 --rampup-batch-size 4 4 32 --micro-batch-size 1 "
+    "--no-log-params-norm --eval-interval 10"
+)
 
 OPTIMIZERS = {
     "sgd": "--optimizer sgd --lr 0.1 --min-lr 0.01 --sgd-momentum 0.9 --lr-decay-style cosine --lr-warmup-iters 4",

@@ -1,6 +1,7 @@
 """Every layout trains the model that one rank trains: losses, gradients, weights after plain SGD, evaluation."""
 
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ SHARDED = f"{TENSOR} --sequence-parallel"
 ULYSSES = "--ds-sequence-parallel-size 2"
 
 STAGES = "--pipeline-model-parallel-size 2"
+
+IN_PAIRS = f"--deepspeed_config {Path(__file__).with_name('zero3_in_pairs.json')}"
+"""Backward gathers the weights of ZeRO-3 from two ranks instead of all."""
 
 TWO_RANKS = [
     (f"{TENSOR} --zero-stage 0 --micro-batch-size 2", "gpt2"),
@@ -42,6 +46,11 @@ FOUR_RANKS = [
     (f"{SHARDED} --zero-stage 3 --micro-batch-size 1", "gpt2 untied, documents"),
     ("--tensor-model-parallel-size 4 --sequence-parallel --micro-batch-size 4", "llama"),
     (f"{ULYSSES} --zero-stage 1 --micro-batch-size 1", "llama"),
+    (f"{SHARDED} --zero-stage 3 --micro-batch-size 1 --remote-device cpu", "llama tied, query norms"),
+    ("--zero-stage 3 --micro-batch-size 1 --remote-device cpu --cpu-optimizer", "gpt2"),
+    (f"--zero-stage 3 --micro-batch-size 1 {IN_PAIRS}", "llama"),
+    (f"{TENSOR} --zero-stage 3 --micro-batch-size 1 {IN_PAIRS} --remote-device cpu", "llama"),
+    (f"{ULYSSES} --zero-stage 3 --micro-batch-size 1 {IN_PAIRS}", "gpt2"),
     (f"{ULYSSES} --zero-stage 2 --micro-batch-size 2", "gpt2 untied, documents"),
     (f"{ULYSSES} --zero-stage 3 --micro-batch-size 1", "gpt2"),
     (f"{ULYSSES} {SHARDED} --zero-stage 3 --micro-batch-size 2", "llama tied, query norms"),
