@@ -19,7 +19,8 @@ check() { # NAME COMMAND...
 }
 
 if [ "${1:-}" = --write-docs ]; then
-    exec "$python" tools/generate_flag_reference.py
+    "$python" tools/generate_flag_reference.py && exec "$python" tools/generate_layout_table.py
+    exit
 fi
 mapfile -t scripts < <(git ls-files --cached --others --exclude-standard '*.sh' '*.sbatch' .ci/run)
 check "style" "$bin/ruff" check .
@@ -27,7 +28,8 @@ check "format" "$bin/ruff" format --check .
 check "types" "$bin/mypy"
 check "floors" "$bin/lint-imports"
 check "shell scripts" "$bin/shellcheck" "${scripts[@]}"
-check "generated documents" "$python" tools/generate_flag_reference.py --check
+check "flag reference" "$python" tools/generate_flag_reference.py --check
+check "table of layouts" "$python" tools/generate_layout_table.py --check
 if [ "${#failed[@]}" -gt 0 ]; then
     echo "${#failed[@]} of the checks failed; ruff's are mended by: ruff check --fix . && ruff format ."
     exit 1

@@ -53,10 +53,14 @@ def _power_of_two(value: Any) -> float:
     return 2.0 ** _whole(value)
 
 
-def _offload_device(value: Any) -> bool:
+def _remote_device(value: Any) -> str:
     if value not in ("none", "cpu", None):
         raise ValueError('"cpu" or "none": this version offloads to the host alone')
-    return value == "cpu"
+    return value or "none"
+
+
+def _offloads(value: Any) -> bool:
+    return _remote_device(value) == "cpu"
 
 
 def _accumulates_in_fp32(value: Any) -> bool:
@@ -88,7 +92,8 @@ KEYS = (
     JsonKey("zero_optimization.stage", "zero_stage", _whole),
     JsonKey("zero_optimization.reduce_bucket_size", "zero_reduce_bucket_size", _whole),
     JsonKey("zero_optimization.allgather_bucket_size", "zero_allgather_bucket_size", _whole),
-    JsonKey("zero_optimization.offload_optimizer.device", "cpu_optimizer", _offload_device),
+    JsonKey("zero_optimization.offload_optimizer.device", "cpu_optimizer", _offloads),
+    JsonKey("zero_optimization.offload_param.device", "remote_device", _remote_device),
     JsonKey("data_types.grad_accum_dtype", "accumulate_allreduce_grads_in_fp32", _accumulates_in_fp32),
     JsonKey("fp16.loss_scale", "loss_scale", _loss_scale),
     JsonKey("fp16.initial_scale_power", "initial_loss_scale", _power_of_two),

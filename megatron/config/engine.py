@@ -24,6 +24,11 @@ class EngineConfig:
         None, metavar="FILE", help="DeepSpeed JSON, merged with the flags; a contradiction is an error"
     )
     cpu_optimizer: bool = flag(False, help="keep optimizer state and its step on the host (ZeRO 1-3)")
+    remote_device: str = flag(
+        "none",
+        choices=("none", "cpu"),
+        help="where a rank's share of the weights is kept: none is the device itself, cpu the host (ZeRO 3)",
+    )
     zero_reduce_bucket_size: int = flag(
         100_000_000, range=at_least(1), help="elements of one gradient-reduction bucket"
     )

@@ -103,6 +103,15 @@ def host_optimizer_needs_zero(engine: EngineConfig) -> Iterator[str]:
         yield "--cpu-optimizer needs ZeRO, but --zero-stage is 0: use --zero-stage 1, 2 or 3."
 
 
+def offloaded_weights_need_zero_3(engine: EngineConfig) -> Iterator[str]:
+    """Weights that are whole on every rank are never put away."""
+    if engine.remote_device != "none" and engine.zero_stage != 3:
+        yield (
+            f"--remote-device {engine.remote_device} needs weights that ZeRO divides, but --zero-stage is "
+            f"{engine.zero_stage}: use --zero-stage 3."
+        )
+
+
 def stages_hold_blocks(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
     """Every pipeline stage has at least one block."""
     stages = parallel.pipeline_model_parallel_size

@@ -246,11 +246,6 @@ _REFUSED = (
         off=("0",),
     ),
     _refused(
-        "weights are always in the training's device memory: use --cpu-optimizer or --zero-stage 3",
-        "remote-device=",
-        off=("none",),
-    ),
-    _refused(
         "splitting products into tiles is not offered: use --zero-stage 3",
         "split-transformers memory-centric-tiled-linear",
     ),
@@ -305,6 +300,7 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
         "flash": _NO_FLASH_FLAGS + ".",
         "fused": _NO_FLASH_FLAGS + ".",
     },
+    "remote_device": {"nvme": "offloading to NVMe is not offered; use `cpu`, with --zero-stage 3."},
     "position_embedding_type": {"relative": "relative positions are not offered; use `rope`."},
     "tokenizer_type": {
         "Llama2Tokenizer": "use `HuggingFaceTokenizer` with the model's tokenizer.json, or `SentencePieceTokenizer`.",

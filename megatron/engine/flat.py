@@ -13,12 +13,10 @@ import deepspeed
 import pydantic
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
 from megatron.config.errors import ConfigError
@@ -26,6 +24,7 @@ from megatron.engine.checkpoint_files import CheckpointFiles, read_file
 from megatron.engine.interface import CheckpointError, Engine, MicroBatch, StepResult
 from megatron.engine.launch import quiet_stdout
 from megatron.engine.mpu import DeepSpeedGroups
+from megatron.engine.zero import prepare_zero, restore_globals
 from megatron.parallel.collectives import reduce_from_group
 from megatron.parallel.groups import ParallelGroups
 
@@ -41,7 +40,8 @@ def build_flat_engine(
 
     Args:
         model: `model(tokens, labels=, loss_mask=, position_ids=, attention_mask=)` returns the fp32 sum of the
-            micro-batch's token losses. Its parameters are initialised; DeepSpeed casts, moves and shards them.
+            micro-batch's token losses. Its parameters are initialised; DeepSpeed casts, moves and shards them, unless
+            `divide_weights` has.
         param_groups: the optimizer's groups, each with `params` and, unless 1, `lr_mult` and `wd_mult`.
         settings: DeepSpeed's dictionary, from `build_settings`.
         groups: the ranks that share the work.
@@ -50,21 +50,21 @@ def build_flat_engine(
     Raises:
         ConfigError: DeepSpeed refuses a setting.
     """
-    engine, linear = initialize(model, param_groups, settings, DeepSpeedGroups(groups))
-    return FlatEngine(engine, groups, device, linear)
+    prepare_zero(model, settings["zero_optimization"], groups)
+    engine = initialize(model, param_groups, settings, DeepSpeedGroups(groups))
+    return FlatEngine(engine, groups, device)
 
 
 def initialize(
     module: nn.Module, param_groups: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], mpu: Any = None
-) -> tuple[Any, Any]:
-    """Call `deepspeed.initialize`; returns its engine, and `torch.nn.functional.linear` as it was before.
+) -> Any:
+    """Call `deepspeed.initialize`; returns its engine.
 
     Raises:
         ConfigError: DeepSpeed refuses a setting.
     """
     # DeepSpeed's collectives go by names that torch 2.13 renamed, which it would say at each call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    linear = F.linear
     try:
         with quiet_stdout():
             engine, *_ = deepspeed.initialize(
@@ -78,7 +78,7 @@ def initialize(
         raise ConfigError(
             [f"--deepspeed_config: {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         ) from error
-    return engine, linear
+    return engine
 
 
 class FlatEngine:
@@ -89,13 +89,12 @@ class FlatEngine:
     all tokens. Tensor ranks compute the same loss, each with its part of the weights.
     """
 
-    def __init__(self, engine: DeepSpeedEngine, groups: ParallelGroups, device: torch.device, linear: Any) -> None:
+    def __init__(self, engine: DeepSpeedEngine, groups: ParallelGroups, device: torch.device) -> None:
         self.device = device
         self.module: nn.Module = engine.module
         self._engine = engine
         self._replicas = groups.replicas
         self._tensor = groups.tensor
-        self._linear = linear
         self._sharded = engine.zero_optimization_stage() > 0
         self._hyperparameters = [
             {key: value for key, value in group.items() if key != "params"} for group in self._param_groups
@@ -166,8 +165,7 @@ class FlatEngine:
         """See `Engine.close`."""
         with quiet_stdout():
             self._engine.destroy()
-        deepspeed_groups.mpu = None  # a global that outlives its engine
-        F.linear = self._linear  # ZeRO-3 replaces it for the whole process
+        restore_globals()
 
     @property
     def _param_groups(self) -> list[dict[str, Any]]:

@@ -66,8 +66,8 @@ def build_pipeline_engine(
         ConfigError: DeepSpeed refuses a setting.
     """
     pipeline = {**settings["pipeline"], "partition": ",".join(map(str, stage.counts))}  # a note for the checkpoint
-    engine, linear = initialize(stage, param_groups, {**settings, "pipeline": pipeline})
-    return PipelinedEngine(engine, stage, groups, device, linear)
+    engine = initialize(stage, param_groups, {**settings, "pipeline": pipeline})
+    return PipelinedEngine(engine, stage, groups, device)
 
 
 class PipelineStage(PipelineModule):
@@ -175,9 +175,8 @@ class PipelinedEngine(FlatEngine):
         stage: PipelineStage,
         groups: ParallelGroups,
         device: torch.device,
-        linear: Any,
     ) -> None:
-        super().__init__(engine, groups, device, linear)
+        super().__init__(engine, groups, device)
         self._stage = stage
         self._pipeline = groups.pipeline
         self._shape: torch.Size | None = None

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from megatron.config.sections import RunConfig
 
 
+SECONDARY_PARTITION = "zero_hpz_partition_size"
+"""Of ZeRO++: backward gathers weights within groups of so many ranks, each of which keeps a second share."""
+
+QUANTIZED_WEIGHTS = "zero_quantized_weights"
+"""Of ZeRO++: weights are gathered as 8-bit integers, each rank's share with scales of its own."""
+
+
 def build_settings(
     config: RunConfig, user: Mapping[str, Any] | None = None, *, data_parallel_size: int, device_type: str
 ) -> dict[str, Any]:
@@ -40,6 +47,8 @@ def build_settings(
         problems = list(merge_user_settings(settings, user))
         if config.parallel.pipeline_model_parallel_size > 1:
             problems += _find_pipeline_conflicts(settings)
+        replicas = data_parallel_size * config.parallel.ds_sequence_parallel_size
+        problems += _find_zero_conflicts(settings["zero_optimization"], replicas, device_type)
         if problems:
             raise ConfigError(problems)
     # To DeepSpeed the Ulysses ranks are data-parallel ones (see `mpu.DeepSpeedGroups`), each with samples of its own.
@@ -57,6 +66,8 @@ def _find_unsupported(config: RunConfig, data_parallel_size: int) -> Iterator[st
         )
     if engine.zero_stage == 0 and engine.cpu_optimizer:
         yield "--cpu-optimizer needs ZeRO: use --zero-stage 1, 2 or 3"
+    if engine.zero_stage != 3 and engine.remote_device != "none":
+        yield f"--remote-device {engine.remote_device} needs divided weights: use --zero-stage 3"
     samples = training.micro_batch_size * data_parallel_size
     if training.global_batch_size % samples:
         yield (
@@ -81,6 +92,33 @@ def _find_pipeline_conflicts(settings: Mapping[str, Any]) -> Iterator[str]:
                 f"--deepspeed_config: '{name}' does not work with --pipeline-model-parallel-size above 1, where "
                 "DeepSpeed's timers fail; remove it"
             )
+
+
+def _find_zero_conflicts(zero: Mapping[str, Any], replicas: int, device_type: str) -> Iterator[str]:
+    """Name what of the user's own settings of ZeRO would be ignored, or fail, in this layout.
+
+    Args:
+        zero: the settings "zero_optimization".
+        replicas: number of ranks that hold the same weights, or shares of them.
+        device_type: "cuda" or "cpu".
+    """
+    secondary, quantized = zero.get(SECONDARY_PARTITION, 1), zero.get(QUANTIZED_WEIGHTS, False)
+    for name, enabled in ((SECONDARY_PARTITION, secondary > 1), (QUANTIZED_WEIGHTS, quantized)):
+        if enabled and zero["stage"] != 3:
+            yield (
+                f"--deepspeed_config: 'zero_optimization.{name}' is about weights that are gathered for use, which "
+                f"--zero-stage {zero['stage']} does not divide; use --zero-stage 3, or remove it"
+            )
+    if replicas % max(secondary, 1):
+        yield (
+            f"--deepspeed_config: 'zero_optimization.{SECONDARY_PARTITION}' is {secondary}, which does not divide the "
+            f"{replicas} ranks (data-parallel x Ulysses) that share the weights; use a divisor"
+        )
+    if quantized and device_type != "cuda":
+        yield (
+            f"--deepspeed_config: 'zero_optimization.{QUANTIZED_WEIGHTS}' needs CUDA GPUs, for which alone DeepSpeed "
+            "has kernels; remove it"
+        )
 
 
 def _from_flags(config: RunConfig, data_parallel_size: int, device_type: str) -> dict[str, Any]:
@@ -152,6 +190,8 @@ def _zero(config: RunConfig, device_type: str) -> dict[str, Any]:
     }
     if engine.cpu_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device_type == "cuda"}
+    if engine.remote_device != "none":
+        zero["offload_param"] = {"device": engine.remote_device, "pin_memory": device_type == "cuda"}
     return zero
 
 

@@ -33,6 +33,10 @@ FIXED: dict[str, str] = {
 }
 """Values that the framework relies on; the file may repeat them."""
 
+_HPZ = "zero_optimization.zero_hpz_partition_size gathers weights within groups of ranks"
+_NO_NVME = "it is for NVMe, and this version offloads to the host alone"
+_TORCH_ON_HOST = "it is of DeepSpeed's own host optimizers, and the step is torch's, on the host as a whole"
+
 REFUSED: dict[str, str] = {
     "scheduler": "the learning rate is the framework's: use --lr-decay-style and the --lr-* flags",
     "activation_checkpointing": "recompute is the framework's: use --recompute-granularity",
@@ -68,10 +72,26 @@ REFUSED: dict[str, str] = {
     "checkpoint.use_node_local_storage": "checkpoints go where --save says, on a file system that all ranks see",
     "checkpoint.writer": "its files cannot be read back: checkpoints are written by the framework",
     "zero_optimization.cpu_offload": "DeepSpeed renamed it: use --cpu-optimizer",
-    "zero_optimization.cpu_offload_param": "DeepSpeed renamed it: use zero_optimization.offload_param",
+    "zero_optimization.cpu_offload_param": "DeepSpeed renamed it: use --remote-device cpu",
     "zero_optimization.legacy_stage1": "DeepSpeed removed it",
-    "zero_optimization.mics_shard_size": "DeepSpeed removed it",
-    "zero_optimization.mics_hierarchical_params_gather": "DeepSpeed removed it",
+    "zero_optimization.mics_shard_size": f"DeepSpeed removed it: {_HPZ}",
+    "zero_optimization.mics_hierarchical_params_gather": f"DeepSpeed removed it: {_HPZ}",
+    "zero_optimization.offload_optimizer.nvme_path": _NO_NVME,
+    "zero_optimization.offload_optimizer.buffer_count": _NO_NVME,
+    "zero_optimization.offload_optimizer.pipeline_read": _NO_NVME,
+    "zero_optimization.offload_optimizer.pipeline_write": _NO_NVME,
+    "zero_optimization.offload_optimizer.fast_init": _NO_NVME,
+    "zero_optimization.offload_optimizer.ratio": _TORCH_ON_HOST,
+    "zero_optimization.offload_optimizer.super_offload": _TORCH_ON_HOST,
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": _TORCH_ON_HOST,
+    "zero_optimization.offload_param.nvme_path": _NO_NVME,
+    "zero_optimization.offload_param.buffer_count": _NO_NVME,
+    "zero_optimization.offload_param.buffer_size": _NO_NVME,
+    "zero_optimization.offload_param.max_in_cpu": _NO_NVME,
+    "zero_optimization.zero_quantized_nontrainable_weights": "every weight is trained",
+    # Its groups are those of whole nodes, tensor ranks and all, and its kernel takes any gradient's bits for fp16.
+    "zero_optimization.zero_quantized_gradients": "DeepSpeed ignores it within a node and computes wrong gradients "
+    "across nodes, unless they travel in fp16; use zero_optimization.zero_quantized_weights",
     "zero_optimization.zenflow": "it replaces the optimizer's step",
     "zero_optimization.zeropp_loco_param": "DeepSpeed removed it",
     "pipeline.stages": "use --pipeline-model-parallel-size",

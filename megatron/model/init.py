@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,33 @@ def initialize_parameters(model: nn.Module, seed: int, std: float, num_layers: i
         ValueError: a parameter does not say how it starts.
     """
     for name, param in model.named_parameters():
-        sharding = sharding_of(param)
-        logical = draw_logical(name, init_of(param), sharding, param.device, seed=seed, std=std, num_layers=num_layers)
-        param.copy_(slice_of(logical, sharding))
+        param.copy_(_draw(name, param, param.device, seed=seed, std=std, num_layers=num_layers))
+
+
+@torch.no_grad()
+def draw_parameters(
+    model: nn.Module, device: torch.device, seed: int, std: float, num_layers: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Give each parameter's name and its rank's slice of the logical tensor, one at a time: for a model on "meta".
+
+    Args:
+        model: as for `initialize_parameters`, which gives the same values.
+        device: where the values are drawn, and are.
+        seed: as there.
+        std: as there.
+        num_layers: as there.
+
+    Raises:
+        ValueError: a parameter does not say how it starts.
+    """
+    for name, param in list(model.named_parameters()):
+        yield name, _draw(name, param, device, seed=seed, std=std, num_layers=num_layers)
+
+
+def _draw(name: str, param: nn.Parameter, device: torch.device, *, seed: int, std: float, num_layers: int) -> Tensor:
+    sharding = sharding_of(param)
+    logical = draw_logical(name, init_of(param), sharding, device, seed=seed, std=std, num_layers=num_layers)
+    return slice_of(logical, sharding)
 
 
 def draw_logical(
@@ -42,7 +67,7 @@ def draw_logical(
     elif kind != "zeros":
         scale = 1 / math.sqrt(2 * num_layers) if kind == "scaled_normal" else 1.0
         generator = torch.Generator(device).manual_seed(_seed_of(seed, name))
-        held.copy_(torch.randn(held.shape, device=device, generator=generator) * (std * scale))
+        held.normal_(generator=generator).mul_(std * scale)  # in place: a large table is in memory once
     return logical
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from megatron.config.deepspeed_json import read_deepspeed_json
 from megatron.config.sections import RunConfig
@@ -25,7 +24,7 @@ from megatron.kernels.attention.interface import AttentionBackend, AttentionRequ
 from megatron.kernels.attention.pick import pick_attention
 from megatron.model.flops import model_flops_per_token
 from megatron.model.gpt import GPT, padded_vocab_size
-from megatron.model.init import initialize_parameters
+from megatron.model.init import draw_parameters, initialize_parameters
 from megatron.parallel.groups import ParallelGroups
 from megatron.parallel.sharding import describe_sharding
 from megatron.training.batch_size import BatchSize
@@ -92,7 +91,8 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
             say=reporter.say,
         )
         pipelined = place.groups.pipeline.size > 1
-        model_device = torch.device("meta") if pipelined else place.device
+        in_parts = pipelined or config.engine.zero_stage == 3  # no rank ever holds the whole model
+        model_device = torch.device("meta") if in_parts else place.device
         model = build_model(config, tokenizer.vocab_size, place.groups, attention, recompute, model_device)
         for sentence in _describe(config, plan, place, model, f"{attention.name}, {reason}", recompute):
             reporter.say(sentence)
@@ -265,23 +265,30 @@ def _attention_request(config: RunConfig, device: torch.device) -> AttentionRequ
 def _build_flat(config: RunConfig, model: GPT, place: Place) -> Engine:
     from megatron.engine.flat import build_flat_engine  # DeepSpeed prints when it is imported; `start` has, quietly
 
-    _initialize(config, model)
+    settings = _settings(config, place)
+    if config.engine.zero_stage == 3:
+        from megatron.engine.zero import divide_weights
+
+        divide_weights(model, draw_parameters(model, place.device, **_initial(config)), settings, place.groups)
+    else:
+        initialize_parameters(model, **_initial(config))
     groups = build_param_groups(model.named_parameters())
-    return build_flat_engine(model, groups, _settings(config, place), place.groups, place.device)
+    return build_flat_engine(model, groups, settings, place.groups, place.device)
 
 
 def _build_pipeline(config: RunConfig, model: GPT, place: Place) -> Engine:
     from megatron.engine.pipeline import build_pipeline_engine, build_stage
 
     stage = build_stage(model, config.parallel.stage_blocks or (), place.groups, place.device)
-    _initialize(config, stage)
+    initialize_parameters(stage, **_initial(config))
     groups = build_param_groups(stage.named_parameters())
     return build_pipeline_engine(stage, groups, _settings(config, place), place.groups, place.device)
 
 
-def _initialize(config: RunConfig, module: nn.Module) -> None:
+def _initial(config: RunConfig) -> dict[str, Any]:
+    """Say how the weights start."""
     model = config.model
-    initialize_parameters(module, seed=config.training.seed, std=model.init_method_std, num_layers=model.num_layers)
+    return {"seed": config.training.seed, "std": model.init_method_std, "num_layers": model.num_layers}
 
 
 def _settings(config: RunConfig, place: Place) -> dict[str, Any]:

@@ -133,6 +133,7 @@ BROKEN: list[tuple[str, str, str]] = [
     ("--zero-stage 0", "", "--zero-stage 0 & --precision bf16 & fp32"),
     ("--fp16 --zero-stage 0", "", "--zero-stage 0 & --precision fp16"),
     ("--fp32 --zero-stage 0 --cpu-optimizer", "", "--cpu-optimizer & --zero-stage is 0"),
+    ("--remote-device cpu", "", "--remote-device cpu & --zero-stage is 1 & --zero-stage 3"),
     ("--pipeline-model-parallel-size 5", "", "--pipeline-model-parallel-size 5 & --num-layers 4"),
     ("--pipeline-partition 4", "", "--pipeline-partition 4 & --pipeline-model-parallel-size 1"),
     ("--pipeline-model-parallel-size 2 --pipeline-partition 4,0", "", "--pipeline-partition 4,0 & positive"),

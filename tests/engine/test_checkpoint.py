@@ -19,7 +19,7 @@ CASES = [
     {"stage": stage, "precision": precision, "cpu_optimizer": offload}
     for precision, stage, offload in itertools.product(("fp32", "bf16", "fp16"), range(4), (False, True))
     if stage > 0 or (precision == "fp32" and not offload)
-]
+] + [{"stage": 3, "precision": precision, "remote_device": "cpu"} for precision in ("fp32", "bf16", "fp16")]
 
 
 def name_of(case):
@@ -72,6 +72,34 @@ def test_a_resumed_run_continues_bit_for_bit(saved):
             assert resumed_steps == steps, case
             for name in weights:
                 assert torch.equal(resumed_weights[name], weights[name]), f"{case} {name}"
+
+
+def resume_with_weights_elsewhere(folder):
+    """Steps after resuming a run with its weights on the device, or in pairs of ranks, or on the host."""
+    outcomes = []
+    for number, (first, second) in enumerate(itertools.permutations(("none", "cpu", "pairs"), 2)):
+        steps = []
+        for place in (first, second):
+            config = toy.run_config(stage=3, precision="bf16", remote_device="cpu" if place == "cpu" else "none")
+            zero = {"stage3_param_persistence_threshold": 10, "zero_hpz_partition_size": 2 if place == "pairs" else 1}
+            engine = toy.build_engine(config, {"zero_optimization": zero})
+            directory = Path(folder) / str(number) / "step1"
+            if steps:
+                engine.load(directory)
+            else:
+                step(engine, 0)
+                engine.save(directory)
+            steps.append([step(engine, index) for index in (1, 2)])
+            engine.close()
+        outcomes.append((first, second, *steps))
+    return outcomes
+
+
+def test_where_the_weights_are_kept_may_change_when_a_run_is_resumed(tmp_path):
+    for first, second, straight, resumed in run_on_ranks(
+        2, resume_with_weights_elsewhere, str(tmp_path), deepspeed=True
+    )[0]:
+        assert resumed == straight, (first, second)
 
 
 def test_the_fp16_cases_save_a_loss_scale_that_has_moved(saved):

@@ -105,6 +105,21 @@ def zero3_replaces_linear_for_the_process():
     F.linear = linear
 
 
+def a_secondary_partition_outlives_its_engine_and_takes_neighbours_in_the_world():
+    from deepspeed.utils import groups
+
+    settings = settings_of(stage=3)
+    settings["zero_optimization"]["zero_hpz_partition_size"] = 1
+    groups._create_zero_param_parallel_group(1)
+    engine = initialize(settings)
+    (parameter, *_) = engine.module.parameters()
+    assert parameter.ds_zero_param_process_group is groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is not None
+    engine.destroy()
+    assert groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is not None
+    assert "range(i * zero_param" in inspect.getsource(groups._create_zero_param_parallel_group)
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+
+
 def the_grown_loss_scale_divides_the_step_that_it_follows():
     toy.pretend_fp16_works()
     updates = []
@@ -168,6 +183,7 @@ ODDITIES = [
     bf16_without_zero_takes_a_step_at_start,
     fp32_without_zero_tells_no_norm_and_skips_nothing,
     zero3_replaces_linear_for_the_process,
+    a_secondary_partition_outlives_its_engine_and_takes_neighbours_in_the_world,
     the_grown_loss_scale_divides_the_step_that_it_follows,
     offload_keeps_the_gradients_of_a_skipped_step,
     the_lowest_loss_scale_ends_the_run,

@@ -15,12 +15,16 @@ CASES = [
     {"stage": stage, "optimizer": optimizer, "clip_grad": clip}
     for stage, optimizer, clip in itertools.product(range(4), ("sgd", "adam"), (0.0, 0.05))
 ]
+OFFLOADED = [{"stage": 3, "remote_device": "cpu", "cpu_optimizer": optimizer} for optimizer in (False, True)]
 
 
 HALF_CASES = [
     {"stage": stage, "precision": precision, "optimizer": "sgd", "clip_grad": 0.05, **options}
     for precision, stage in itertools.product(("bf16", "fp16"), (1, 2, 3))
     for options in ({}, {"cpu_optimizer": True}, {"accumulate_allreduce_grads_in_fp32": False})
+] + [
+    {"precision": precision, "optimizer": "sgd", "clip_grad": 0.05, **offloaded}
+    for precision, offloaded in itertools.product(("bf16", "fp16"), OFFLOADED)
 ]
 
 
@@ -42,7 +46,9 @@ def train(cases):
     return results
 
 
-@pytest.mark.parametrize(("size", "cases"), [(1, CASES), (2, CASES + HALF_CASES)], ids=["alone", "two ranks"])
+@pytest.mark.parametrize(
+    ("size", "cases"), [(1, CASES), (2, CASES + OFFLOADED + HALF_CASES)], ids=["alone", "two ranks"]
+)
 def test_every_zero_stage_equals_plain_torch(size, cases):
     for answers in run_on_ranks(size, train, cases, deepspeed=True):
         for case, (losses, norms, weights) in zip(cases, answers, strict=True):

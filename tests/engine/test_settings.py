@@ -19,13 +19,15 @@ from megatron.engine.settings import build_settings
 from megatron.engine.user_settings import FIXED, OWNED
 
 
-def make_config(stage=1, cpu_optimizer=False, optimizer="adam", clip_grad=1.0, stages=1, **training):
+def make_config(
+    stage=1, cpu_optimizer=False, remote_device="none", optimizer="adam", clip_grad=1.0, stages=1, **training
+):
     training = {"micro_batch_size": 2, "global_batch_size": 24} | training
     return RunConfig(
         model=ModelConfig(num_layers=1, hidden_size=8, num_attention_heads=1),
         optimizer=OptimizerConfig(lr=3e-4, optimizer=optimizer, clip_grad=clip_grad),
         training=TrainingConfig(**training),
-        engine=EngineConfig(zero_stage=stage, cpu_optimizer=cpu_optimizer),
+        engine=EngineConfig(zero_stage=stage, cpu_optimizer=cpu_optimizer, remote_device=remote_device),
         kernels=KernelsConfig(),
         parallel=ParallelConfig(pipeline_model_parallel_size=stages),
     )
@@ -105,6 +107,14 @@ def test_linear_layers_add_no_bias_in_place_where_their_products_are_kept(granul
     config = dataclasses.replace(make_config(), kernels=KernelsConfig(recompute_granularity=granularity))
     zero = build_settings(config, None, data_parallel_size=3, device_type="cpu")["zero_optimization"]
     assert zero["memory_efficient_linear"] == (granularity != "products")
+
+
+def test_weights_on_the_host_are_pinned_for_a_gpu():
+    zero = build(stage=3, remote_device="cpu", device_type="cuda")["zero_optimization"]
+    assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
+    zero = build({"zero_optimization": {"offload_param": {"pin_memory": False}}}, stage=3, remote_device="cpu")
+    assert zero["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": False}
+    assert "offload_param" not in build(stage=3)["zero_optimization"]
 
 
 def test_a_file_may_choose_deepspeeds_adam():
@@ -219,6 +229,13 @@ def test_an_empty_dictionary_changes_nothing():
         ({"curriculum_learning": {"enabled": True}}, "removed"),
         ({"activation_checkpointing": {"partition_activations": True}}, "--recompute-granularity"),
         ({"zero_optimization": {"cpu_offload": True}}, "--cpu-optimizer"),
+        ({"zero_optimization": {"cpu_offload_param": True}}, "--remote-device cpu"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "offloads to the host alone"),
+        ({"zero_optimization": {"offload_param": {"nvme_path": "/fast"}}}, "offloads to the host alone"),
+        ({"zero_optimization": {"offload_optimizer": {"ratio": 0.3}}}, "on the host as a whole"),
+        ({"zero_optimization": {"mics_shard_size": 2}}, "zero_hpz_partition_size"),
+        ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_quantized_weights"),
+        ({"zero_optimization": {"zero_quantized_nontrainable_weights": True}}, "every weight is trained"),
         ({"checkpoint": {"writer": {"type": "FAST"}}}, "cannot be read back"),
         ({"optimizer": {"type": "AdamW", "params": {"max_grad_norm": 1.0}}}, "--clip-grad"),
         ({"optimizer": {"type": "Lion"}}, 'should be "AdamW"'),
@@ -250,6 +267,7 @@ def test_values_that_the_framework_relies_on_cannot_be_changed():
     [
         ({"stage": 0, "precision": "bf16"}, "--zero-stage 1"),
         ({"stage": 0, "precision": "fp32", "cpu_optimizer": True}, "--cpu-optimizer"),
+        ({"stage": 2, "remote_device": "cpu"}, "--zero-stage 3"),
         ({"global_batch_size": 25}, "25 is not a multiple"),
         ({"precision": "fp16", "initial_loss_scale": 1000.0}, "power of two"),
         ({"precision": "fp16", "min_loss_scale": 0.5}, "whole number"),
@@ -258,6 +276,30 @@ def test_values_that_the_framework_relies_on_cannot_be_changed():
 def test_what_deepspeed_cannot_do_is_refused(config, part):
     (message,) = sentences(**config)
     assert part in message
+
+
+HPZ, QUANTIZED = "zero_hpz_partition_size", "zero_quantized_weights"
+
+
+@pytest.mark.parametrize(
+    ("values", "config", "part"),
+    [
+        ({HPZ: 3}, {"stage": 2}, "--zero-stage 3"),
+        ({HPZ: 2}, {"stage": 3}, "2, which does not divide the 3 ranks"),
+        ({QUANTIZED: True}, {"stage": 1, "device_type": "cuda"}, "--zero-stage 3"),
+        ({QUANTIZED: True}, {"stage": 3}, "CUDA"),
+    ],
+)
+def test_what_is_for_divided_weights_is_refused_where_it_would_be_ignored_or_fail(values, config, part):
+    (message,) = sentences({"zero_optimization": values}, **config)
+    assert f"'zero_optimization.{next(iter(values))}'" in message
+    assert part in message
+
+
+def test_what_is_for_divided_weights_passes_with_zero_3():
+    zero = build({"zero_optimization": {HPZ: 3, QUANTIZED: True}}, stage=3, device_type="cuda")["zero_optimization"]
+    assert (zero[HPZ], zero[QUANTIZED]) == (3, True)
+    assert build({"zero_optimization": {HPZ: 1, QUANTIZED: False}}, stage=1)
 
 
 def test_every_key_that_a_flag_owns_is_checked():

@@ -13,6 +13,9 @@ CASES = [
     {"stage": stage, "precision": precision, "cpu_optimizer": offload}
     for precision, stage, offload in itertools.product(("fp32", "bf16", "fp16"), range(4), (False, True))
     if stage > 0 or (precision == "fp32" and not offload)
+] + [
+    {"stage": 3, "precision": precision, "cpu_optimizer": offload, "remote_device": "cpu"}
+    for precision, offload in itertools.product(("fp32", "bf16", "fp16"), (False, True))
 ]
 
 

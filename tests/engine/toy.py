@@ -86,6 +86,7 @@ def run_config(
     clip_grad: float = 0.0,
     samples: int = 2,
     cpu_optimizer: bool = False,
+    remote_device: str = "none",
     **training: Any,
 ) -> RunConfig:
     return RunConfig(
@@ -93,7 +94,11 @@ def run_config(
         optimizer=OptimizerConfig(optimizer=optimizer, lr=0.1, clip_grad=clip_grad, weight_decay=0.1),
         training=TrainingConfig(precision=precision, micro_batch_size=1, global_batch_size=samples, **training),
         engine=EngineConfig(
-            zero_stage=stage, cpu_optimizer=cpu_optimizer, zero_reduce_bucket_size=50, zero_allgather_bucket_size=50
+            zero_stage=stage,
+            cpu_optimizer=cpu_optimizer,
+            remote_device=remote_device,
+            zero_reduce_bucket_size=50,
+            zero_allgather_bucket_size=50,
         ),
     )
 

@@ -1,10 +1,16 @@
+import types
+from contextlib import ExitStack
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.config.errors import ConfigError
+from megatron.parallel import linear
 from megatron.parallel.groups import Group
 from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from tests.parallel.logical import assert_matches_dense, fill, logical, tensor_group
@@ -60,6 +66,53 @@ def shapes_kept_for_backward():
     with saved_tensors_hooks(lambda tensor: shapes.append(tuple(tensor.shape)), lambda nothing: nothing):
         layer(torch.ones(2, 3, 4, requires_grad=True))
     return sorted(shapes)
+
+
+class Recording(TorchDispatchMode):
+    """Writes down the products and the starts and ends of collectives that `linear` asks for, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.events = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.events.append("product")
+        return function(*args, **(kwargs or {}))
+
+    def watch(self, name):
+        start = getattr(linear, name)
+
+        def recorded(tensor, group):
+            pending = start(tensor, group)
+            self.events.append(name.replace("start_", "start "))
+            return types.SimpleNamespace(wait=lambda: self._end(name, pending))
+
+        return mock.patch.object(linear, name, recorded)
+
+    def _end(self, name, pending):
+        self.events.append(name.replace("start_", "end "))
+        return pending.wait()
+
+
+def events_of_backward(sequence_parallel):
+    layer = fill(ColumnParallelLinear(4, 6, bias=False, group=tensor_group(), sequence_parallel=sequence_parallel))
+    output = layer(torch.ones(4, 3, 4, requires_grad=True))
+    with Recording() as recording, ExitStack() as watches:
+        for name in ("start_all_gather", "start_reduce_scatter", "start_all_reduce"):
+            watches.enter_context(recording.watch(name))
+        output.backward(torch.ones_like(output))
+    return recording.events
+
+
+def test_collectives_of_a_column_products_backward_run_beside_products():
+    """The input is gathered beside the input gradient's product, which is summed beside the weight gradient's."""
+    gathered = ["start all_gather", "product", "end all_gather"]
+    summed = ["start reduce_scatter", "product", "end reduce_scatter"]
+    assert run_on_ranks(2, events_of_backward, True) == [gathered + summed] * 2
+    assert (
+        run_on_ranks(2, events_of_backward, False) == [["product", "start all_reduce", "product", "end all_reduce"]] * 2
+    )
 
 
 @WITH_AND_WITHOUT_BIAS
