@@ -83,9 +83,9 @@ def build_flex(size: int, causal: bool, length: int) -> Run:
         here = query.shape[0]
         if causal and here not in masks:
             masks[here] = create_block_mask(lambda b, h, i, j: i >= j, None, None, here, here, device="cuda")
-        heads = [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
-        grouped = query.shape[2] != key.shape[2]
-        output: Tensor = compiled(*heads, block_mask=masks.get(here), scale=size**-0.5, enable_gqa=grouped)
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        grouped = query.shape[1] != key.shape[1]
+        output: Tensor = compiled(query, key, value, block_mask=masks.get(here), scale=size**-0.5, enable_gqa=grouped)
         return output.permute(2, 0, 1, 3)
 
     return run

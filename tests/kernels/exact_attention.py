@@ -58,5 +58,3 @@ def errors(backend, tensors, *, ids=None, **options):
     expected = with_gradients(exact_attend, double, ids=ids, **options)
     assert all(torch.isfinite(tensor).all() for tensor in actual)
     return [((a - e).norm() / e.norm()).item() for a, e in zip(actual, expected, strict=True)]
-
-

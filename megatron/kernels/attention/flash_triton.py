@@ -44,8 +44,12 @@ def attend(
         raise ValueError("a window looks back from each query: it needs causal attention")
     if scale <= 0:
         raise ValueError(f"flash_triton scales logits by a positive number, not {scale}")
-    if documents is not None and query_sbnd.shape[0] != key_sbkd.shape[0]:
-        raise ValueError("documents are told apart where there are as many queries as keys")
+    length, batch = query_sbnd.shape[:2]
+    if documents is not None and (key_sbkd.shape[0] != length or documents.shape != (batch, 2, length)):
+        raise ValueError(
+            f"documents of {batch} x {length} queries need as many keys, and their bounds are [{batch}, 2, {length}], "
+            f"not {list(documents.shape)}"
+        )
     seeds = torch.randint(2**62, (1,), device=query_sbnd.device) if dropout else None
     output, _ = flash_forward(
         query_sbnd, key_sbkd, value_sbkd, documents, seeds, scale, causal, window, softcap, dropout

@@ -120,6 +120,8 @@ class AttentionBackend:
     unavailable: Callable[[], str | None] = always_available
     """Why this machine cannot run it (a missing package, too old a device), or None."""
     features: frozenset[str] = ALL_FEATURES
+    excludes: tuple[frozenset[str], ...] = ()
+    """Features that it has, but not together."""
     dtypes: frozenset[torch.dtype] = ALL_DTYPES
     device_types: frozenset[str] = frozenset({"cpu", "cuda"})
     max_head_size: int | None = None
@@ -134,6 +136,9 @@ class AttentionBackend:
         missing = sorted(request.features - self.features)
         if missing:
             return f"it lacks {', '.join(missing)}"
+        for together in self.excludes:
+            if together <= request.features:
+                return f"it lacks {' with '.join(sorted(together))}"
         if request.device_type not in self.device_types:
             return f"it does not run on {request.device_type}"
         if request.dtype not in self.dtypes:

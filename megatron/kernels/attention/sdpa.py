@@ -7,7 +7,6 @@ memory-efficient kernel. `sdpa_cudnn` and `sdpa_flash` insist on theirs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch

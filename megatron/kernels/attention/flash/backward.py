@@ -79,9 +79,7 @@ def query_kernel(
     row = block * M
     seed = tl.load(seeds) if DROPOUT else 0
     rows = row + tl.arange(0, M)
-    q = load_rows(
-        query, batch, head, row, query_length, query_b, query_n, query_s, M, SIZE, PADDED, TMA, CHECKED=True
-    )
+    q = load_rows(query, batch, head, row, query_length, query_b, query_n, query_s, M, SIZE, PADDED, TMA, CHECKED=True)
     grad = load_rows(
         grad_output, batch, head, row, query_length, grad_b, grad_n, grad_s, M, SIZE, PADDED, TMA, CHECKED=True
     )

@@ -8,7 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from megatron.kernels.attention.flash.tiles import HIDDEN, VARYING, capped, kept, keys_of, load_rows, place_of, store_rows
+from megatron.kernels.attention.flash.tiles import (
+    HIDDEN,
+    VARYING,
+    capped,
+    kept,
+    keys_of,
+    load_rows,
+    place_of,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -70,9 +79,7 @@ def forward_kernel(
     batch, head = place // heads, place % heads
     row = block * M
     seed = tl.load(seeds) if DROPOUT else 0
-    q = load_rows(
-        query, batch, head, row, query_length, query_b, query_n, query_s, M, SIZE, PADDED, TMA, CHECKED=True
-    )
+    q = load_rows(query, batch, head, row, query_length, query_b, query_n, query_s, M, SIZE, PADDED, TMA, CHECKED=True)
     rows = row + tl.arange(0, M)
     firsts, ends = keys_of(rows, batch, bounds, query_length, key_length, window, CAUSAL, WINDOW, DOCUMENTS)
     low, all_end = keys_of(row, batch, bounds, query_length, key_length, window, CAUSAL, WINDOW, DOCUMENTS)

@@ -65,8 +65,8 @@ def flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of query, key and value: `grad` is that of the output; for the rest see `flash_forward`."""
     options = Options(scale=scale, causal=causal, window=window, softcap=softcap, dropout=dropout)
-    sources = (addressable(tensor) for tensor in (grad, query, key, value))
-    return launch_backward(*sources, output, log_sums, bounds, seeds, options)
+    grad, query, key, value = (addressable(tensor) for tensor in (grad, query, key, value))
+    return launch_backward(grad, query, key, value, output, log_sums, bounds, seeds, options)
 
 
 @flash_forward.register_fake
@@ -77,7 +77,9 @@ def _fake_forward(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 @flash_backward.register_fake
-def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
@@ -94,4 +96,3 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 
 
 flash_forward.register_autograd(_differentiate, setup_context=_save)
-
