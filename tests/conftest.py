@@ -1,6 +1,18 @@
-"""Tests marked `gpu` are skipped where there are too few devices: `@pytest.mark.gpu`, or `@pytest.mark.gpu(2)`."""
+"""Tests marked `gpu` are skipped where there are too few devices: `@pytest.mark.gpu`, or `@pytest.mark.gpu(2)`.
+
+Where there is none, Triton's kernels run in its interpreter, which must be chosen before Triton is imported.
+"""
+
+import os
 
 import pytest
+
+
+def pytest_configure(config):
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_runtest_setup(item):

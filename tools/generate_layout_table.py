@@ -33,6 +33,9 @@ RUN = {
 
 Flags = Mapping[str, str | None]
 
+BUDGET: dict[str, Flags] = {"products": {"recompute_budget_gib": "1"}}
+"""What a choice of recompute cannot be without."""
+
 FEATURES: dict[str, Flags] = {
     "tensor": {"tensor_model_parallel_size": "2"},
     "sequence": {"tensor_model_parallel_size": "2", "sequence_parallel": None},
@@ -42,9 +45,13 @@ FEATURES: dict[str, Flags] = {
     "optimizer on host": {"cpu_optimizer": None},
     "weights on host": {"remote_device": "cpu"},
     **{
-        f"recompute {choice}": {"recompute_granularity": choice}
+        f"recompute {choice}": {"recompute_granularity": choice, **BUDGET.get(choice, {})}
         for choice in all_flags()["recompute_granularity"].info.choices
         if choice != KernelsConfig.recompute_granularity
+    },
+    "split inputs": {
+        **{"recompute_granularity": "full", "distribute_saved_activations": None},
+        "tensor_model_parallel_size": "2",
     },
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16"},

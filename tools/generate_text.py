@@ -139,8 +139,10 @@ def load_model(path: Path, config: RunConfig, vocab_size: int, device_name: str 
         dtype=dtype,
         device_type=device.type,
         gqa=config.model.num_key_value_heads != config.model.num_attention_heads,
-        documents=True,
+        mask=True,
         cache=True,
+        window=config.model.attention_window > 0,
+        softcap=config.model.attention_softcap > 0,
     )
     attention, _ = pick_attention("auto", request)
     with torch.device("meta"):

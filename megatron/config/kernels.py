@@ -16,7 +16,17 @@ class KernelsConfig:
 
     attention_backend: str = flag(
         "auto",
-        choices=("auto", "unfused", "sdpa"),
+        choices=(
+            "auto",
+            "unfused",
+            "sdpa",
+            "sdpa_flash",
+            "sdpa_cudnn",
+            "flash_triton",
+            "flash_v1",
+            "flash_v2",
+            "flash_v4",
+        ),
         help="implementation of attention; auto takes the fastest that can honour the request and says why",
     )
     recompute_granularity: str = flag(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron.config.flags import DERIVED, POSITIVE, PROBABILITY, SHARE, at_least, flag
+from megatron.config.flags import DERIVED, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, at_least, flag
 
 GATED_ACTIVATIONS = frozenset({"swiglu", "geglu", "geglu_tanh"})
 
@@ -102,6 +102,12 @@ class ModelConfig:
         False, help="give the output head its own weight instead of the embedding's"
     )
     attention_dropout: float = flag(0.1, range=PROBABILITY, help="probability of dropping an attention weight")
+    attention_window: int = flag(
+        0, range=at_least(0), help="tokens that each token attends to, itself and those just before it; 0: all"
+    )
+    attention_softcap: float = flag(
+        0.0, range=NOT_NEGATIVE, help="bound c of the attention logits, as c x tanh(logits / c); 0: none"
+    )
     hidden_dropout: float = flag(
         0.1, range=PROBABILITY, help="probability of dropping a channel after embedding, attention and MLP"
     )

@@ -77,6 +77,10 @@ _ALIASES = (
     _alias("grad-reduce-in-bf16", "--no-accumulate-allreduce-grads-in-fp32"),
     _alias("batch-size=", "--micro-batch-size={}"),
     _alias("model-parallel-size=", "--tensor-model-parallel-size={}"),
+    _alias("use-flash-attn", "--attention-backend flash_v1"),
+    _alias("use-flash-attn-v1", "--attention-backend flash_v1"),
+    _alias("use-flash-attn-v2", "--attention-backend flash_v2"),
+    _alias("use-flash-attn-triton", "--attention-backend flash_triton"),
     _alias("checkpoint-activations", "--recompute-granularity full"),
     _alias("deepspeed-activation-checkpointing", "--recompute-granularity full"),
     _alias("checkpoint-num-layers=", "--recompute-num-layers={}"),
@@ -170,9 +174,6 @@ _IGNORED = (
 
 _NOT_YET = "this version does not have it; "
 _NO_EXPERTS = "mixture of experts: " + _NOT_YET + "train a dense model (drop the flag, or --num-experts 1)"
-_NO_FLASH_FLAGS = (
-    "this version has no such backend; --attention-backend sdpa runs PyTorch's FlashAttention kernels where they fit"
-)
 _NO_KD = "knowledge distillation: " + _NOT_YET + "train the student on its own"
 _NO_FP8 = "Transformer Engine and fp8: " + _NOT_YET + "use --precision bf16"
 _NO_PIPELINE_SCHEDULE = "pipeline schedules: " + _NOT_YET + "drop the flag"
@@ -185,9 +186,12 @@ _NO_INDEX_FILES = "index files are built and cached by content: name the data wi
 
 _REFUSED = (
     _refused(
-        _NO_FLASH_FLAGS,
-        """
-        use-flash-attn use-flash-attn-v1 use-flash-attn-v2 use-flash-attn-triton use-flash-attn-builder""",
+        "DeepSpeed builds no such kernel for this program: use --attention-backend flash_v2 or flash_triton",
+        "use-flash-attn-builder",
+    ),
+    _refused(
+        "write --attention-window N, the number of tokens that each attends to, itself included",
+        "window-size* window-attn-skip-freq*",
     ),
     _refused("to wait for the device after each layer, set CUDA_LAUNCH_BLOCKING=1 instead", "synchronize-each-layer"),
     _refused(_NO_EXPERTS, "num-experts* moe-expert-parallel-size= expert-model-parallel-size=", off=("1", "0")),
@@ -289,17 +293,13 @@ RENAMED_VALUES: dict[str, dict[str, str]] = {
         "AutoTokenizer": "HuggingFaceTokenizer",
     },
     "normalization": {"LayerNorm": "layernorm", "RMSNorm": "rmsnorm"},
-    "attention_backend": {"local": "unfused"},
+    "attention_backend": {"local": "unfused", "flash": "flash_v2", "fused": "sdpa_cudnn"},
     "optimizer": {"adamw": "adam"},
     "lr_decay_style": {"inverse_square_root": "inverse-square-root", "wsd": "WSD"},
 }
 """Older values of fields, and what they are called here."""
 
 REFUSED_VALUES: dict[str, dict[str, str]] = {
-    "attention_backend": {
-        "flash": _NO_FLASH_FLAGS + ".",
-        "fused": _NO_FLASH_FLAGS + ".",
-    },
     "remote_device": {"nvme": "offloading to NVMe is not offered; use `cpu`, with --zero-stage 3."},
     "position_embedding_type": {"relative": "relative positions are not offered; use `rope`."},
     "tokenizer_type": {

@@ -39,9 +39,9 @@ def build_flat_engine(
     """Hand a model to DeepSpeed.
 
     Args:
-        model: `model(tokens, labels=, loss_mask=, position_ids=, attention_mask=)` returns the fp32 sum of the
-            micro-batch's token losses. Its parameters are initialised; DeepSpeed casts, moves and shards them, unless
-            `divide_weights` has.
+        model: `model(tokens, labels=, loss_mask=, position_ids=, attention_mask=, document_ids=)` returns the fp32 sum
+            of the micro-batch's token losses. Its parameters are initialised; DeepSpeed casts, moves and shards them,
+            unless `divide_weights` has.
         param_groups: the optimizer's groups, each with `params` and, unless 1, `lr_mult` and `wd_mult`.
         settings: DeepSpeed's dictionary, from `build_settings`.
         groups: the ranks that share the work.
@@ -193,6 +193,7 @@ class FlatEngine:
             loss_mask=batch.loss_mask,
             position_ids=batch.position_ids,
             attention_mask=batch.attention_mask,
+            document_ids=batch.document_ids,
         )
         return loss
 

@@ -20,7 +20,8 @@ class CheckpointError(UserError, RuntimeError):
 class MicroBatch(Protocol):
     """The samples one rank takes through the model at once; `megatron.data.batch.Batch` is one.
 
-    Shapes: tokens, labels, loss_mask and position_ids `[b, s]`, attention_mask `[b, 1, s, s]` (true: may attend).
+    Shapes: tokens, labels, loss_mask, position_ids and document_ids `[b, s]`, attention_mask `[b, 1, s, s]` (true: may
+    attend).
     A loss mask of None counts every token; either all micro-batches of a step have one, on all ranks, or none has.
     """
 
@@ -34,6 +35,8 @@ class MicroBatch(Protocol):
     def position_ids(self) -> Tensor | None: ...  # noqa: D102
     @property
     def attention_mask(self) -> Tensor | None: ...  # noqa: D102
+    @property
+    def document_ids(self) -> Tensor | None: ...  # noqa: D102
 
     def to(self, device: torch.device) -> Self:
         """Return the same batch on `device`; itself when it is there already."""

@@ -129,7 +129,10 @@ class PipelineStage(PipelineModule):
         (model,) = self._model
         micro_batch = self._micro_batches.popleft()
         context = model.context(
-            micro_batch.tokens, self._here(micro_batch.position_ids), self._here(micro_batch.attention_mask)
+            micro_batch.tokens,
+            self._here(micro_batch.position_ids),
+            self._here(micro_batch.attention_mask),
+            document_ids=self._here(micro_batch.document_ids),
         )
         output = model.run_part(x, context, self._part)
         if not self.is_last:

@@ -55,6 +55,8 @@ class Attention(nn.Module):
         self.rotary = rotary
         self.head_size = config.kv_channels
         self.dropout = config.attention_dropout
+        self.window = config.attention_window
+        self.softcap = config.attention_softcap
         self.qkv = QueryKeyValueLinear(
             hidden,
             query_heads=heads,
@@ -96,5 +98,8 @@ class Attention(nn.Module):
                 causal=context.attention_mask is None,
                 dropout=dropout,
                 mask=context.attention_mask,
+                documents=context.documents,
+                window=self.window if context.attention_mask is None else 0,
+                softcap=self.softcap,
             )
         return self.output(attended_sbnd.flatten(2))

@@ -6,6 +6,7 @@ Legend: s queries of this pass, s' keys (those in the cache included), b batch, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -49,7 +50,10 @@ class Context:
     position_ids: Tensor | None = None
     """Positions [b, s]; None: they count up from `offset`."""
     attention_mask: Tensor | None = None
-    """Bool [b, 1, s, s'], True = may attend, complete: it already keeps queries from later keys. None: causal alone."""
+    """Bool [b, 1, s, s'], True = may attend, complete: it already keeps queries from later keys, and from those before
+    their window. None: causal alone."""
+    documents: Any = None
+    """What the attention backend reads of the documents inside of each sample; None: there is one, or a mask says."""
     cache: KeyValueCache | None = None
     first_position: int = 0
     """Position of the first token, where this rank has a later shard of the sequence."""

@@ -37,6 +37,10 @@ def block_parameters(config: ModelConfig) -> int:
 
 
 def attention_flops(config: ModelConfig, sequence_length: int, *, causal: bool) -> float:
-    """Count the forward FLOPs of query x key and weights x value for one token of one block."""
-    full = 4 * config.num_attention_heads * config.kv_channels * sequence_length
-    return full / 2 if causal else full
+    """Count the forward FLOPs of query x key and weights x value for one token of one block.
+
+    A window of w tokens leaves w keys of the sequence's s; of a causal model's, w (1 - w / 2s) on average.
+    """
+    keys = min(sequence_length, config.attention_window or sequence_length)
+    full = 4 * config.num_attention_heads * config.kv_channels * keys
+    return full * (1 - keys / (2 * sequence_length)) if causal else full

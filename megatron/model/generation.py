@@ -91,7 +91,7 @@ def generate(
         raise GenerationError(f"max_new_tokens {max_new_tokens} is negative; give the number of tokens to append")
     _check_prompts(model, prompts, max_new_tokens)
     model.require("cache", True)
-    model.require("documents", len(set(map(len, prompts))) > 1)  # the mask that hides padding
+    model.require("mask", len(set(map(len, prompts))) > 1)  # the mask that hides padding
     was_training = model.training
     model.eval()
     try:
@@ -149,6 +149,10 @@ class Decoder:
             position_ids = (self.lengths_b + self.num_appended).unsqueeze(1)
             slots = torch.arange(self.cache.length + 1, device=self.device)
             real_bs = (slots < self.lengths_b.unsqueeze(1)) | (slots >= self.padded_length)
+            if window := self.model.config.attention_window:
+                padding_b1 = (self.padded_length - self.lengths_b).unsqueeze(1)
+                positions_bs = torch.where(slots < self.padded_length, slots, slots - padding_b1)
+                real_bs &= positions_bs > position_ids - window
             mask = real_bs[:, None, None, :]
         tokens_bs = torch.tensor(tokens, device=self.device).unsqueeze(1)
         context = Context(position_ids=position_ids, attention_mask=mask, cache=self.cache)

@@ -115,11 +115,12 @@ class GPT(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        document_ids: Tensor | None = None,
     ) -> Tensor:
         """Predict the token after each of `tokens`.
 
         Where sequences are divided over Ulysses ranks, s is the length of this rank's shard, of which tokens, labels,
-        loss mask and position ids are; the attention mask is of the whole sequence.
+        loss mask and position ids are; attention mask and document ids are of the whole sequence.
 
         Args:
             tokens: ids [b, s].
@@ -128,14 +129,16 @@ class GPT(nn.Module):
             position_ids: position of each token, [b, s]; None: they count up.
             attention_mask: bool [b, 1, s, s'], True = may attend, on top of causality; None: causality alone.
             cache: keys and values of earlier tokens, to which those of `tokens` are appended.
+            document_ids: which document of its sample a token is of, int [b, s], not falling along s: tokens attend
+                inside their own, without a mask of s x s; None: anywhere.
 
         Returns:
             Without labels the logits [s, b, v/t]; with them the sum of the losses, an fp32 scalar.
 
         Raises:
-            AttentionUnavailableError: a mask or a cache is given and the attention backend does not honour it.
+            AttentionUnavailableError: the attention backend does not honour a mask, a cache or documents given.
         """
-        context = self.context(tokens, position_ids, attention_mask, cache)
+        context = self.context(tokens, position_ids, attention_mask, cache, document_ids)
         logits = self.run(tokens, context)
         return logits if labels is None else self.loss(logits, labels, loss_mask)
 
@@ -145,19 +148,25 @@ class GPT(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        document_ids: Tensor | None = None,
     ) -> Context:
         """Put together what every stage may read of a micro-batch; the arguments are those of `forward`.
 
         Of the tokens only the length counts.
 
         Raises:
-            AttentionUnavailableError: a mask or a cache is given and the attention backend does not honour it.
+            AttentionUnavailableError: the attention backend does not honour a mask, a cache or documents given.
         """
-        self.require("documents", attention_mask is not None)
+        self.require("mask", attention_mask is not None)
         self.require("cache", cache is not None)
-        mask = None if attention_mask is None else and_causal(attention_mask)
-        first = self.groups.ulysses.rank * tokens.shape[1]
-        return Context(position_ids=position_ids, attention_mask=mask, cache=cache, first_position=first)
+        self.require("documents", document_ids is not None)
+        return Context(
+            position_ids=position_ids,
+            attention_mask=None if attention_mask is None else and_causal(attention_mask, self.config.attention_window),
+            documents=None if document_ids is None else self.attention.prepare_documents(document_ids),
+            cache=cache,
+            first_position=self.groups.ulysses.rank * tokens.shape[1],
+        )
 
     def loss(self, logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) -> Tensor:
         """Sum the token losses of logits [s, b, v/t]; labels and mask are those of `forward`."""

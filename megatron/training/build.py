@@ -259,6 +259,9 @@ def _attention_request(config: RunConfig, device: torch.device) -> AttentionRequ
         dropout=config.model.attention_dropout,
         gqa=config.model.num_key_value_heads != config.model.num_attention_heads,
         documents=config.data.reset_attention_mask,
+        window=config.model.attention_window > 0,
+        softcap=config.model.attention_softcap > 0,
+        sequence_length=config.data.seq_length,
     )
 
 

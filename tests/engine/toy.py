@@ -31,6 +31,7 @@ class ToyBatch:
     loss_mask: Tensor | None = None
     position_ids: Tensor | None = None
     attention_mask: Tensor | None = None
+    document_ids: Tensor | None = None
 
     def to(self, device: torch.device) -> ToyBatch:
         moved = {name: tensor.to(device) for name, tensor in vars(self).items() if tensor is not None}
@@ -61,6 +62,7 @@ class ToyModel(nn.Module):
         loss_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
     ) -> Tensor:
         hidden = torch.tanh(self.layer(self.norm(self.embedding(tokens))))
         logits = F.linear(hidden, self.embedding.weight).float()

@@ -1,15 +1,19 @@
 """Every attention backend gives what the reference gives, and is chosen only for what it can do."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from megatron.kernels.attention.interface import AttentionBackend, AttentionRequest
+from megatron.kernels.attention.documents import document_bounds, pack_documents
+from megatron.kernels.attention.interface import AttentionBackend, AttentionRequest, prefer
 from megatron.kernels.attention.pick import AttentionUnavailableError, pick_attention
 from megatron.kernels.registry import find_implementations
+from tests.kernels.exact_attention import errors, make_heads, make_ids
 
-BACKENDS = find_implementations("megatron.kernels.attention", AttentionBackend)
+ALL = find_implementations("megatron.kernels.attention", AttentionBackend)
+BACKENDS = {name: backend for name, backend in ALL.items() if "cpu" in backend.device_types}
 REFERENCE = BACKENDS["unfused"]
 OTHERS = [backend for name, backend in BACKENDS.items() if name != "unfused" and backend.unavailable() is None]
 
@@ -119,13 +123,15 @@ def test_a_named_backend_is_taken():
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones():
-    with pytest.raises(AttentionUnavailableError, match=r"flash_v9 is not known; choose one of auto, sdpa, unfused"):
+    with pytest.raises(AttentionUnavailableError, match=r"flash_v9 is not known; choose one of auto, flash_triton, "):
         pick_attention("flash_v9", REQUEST)
 
 
 def test_a_request_that_nobody_can_honour_raises_every_reason():
     request = AttentionRequest(head_size=64, dtype=torch.float64, device_type="cpu")
-    with pytest.raises(AttentionUnavailableError, match=r"sdpa: it does not compute in float64; unfused: it does not"):
+    with pytest.raises(
+        AttentionUnavailableError, match=r"sdpa: it does not compute in float64; .*unfused: it does not"
+    ):
         pick_attention("auto", request)
 
 
@@ -135,10 +141,77 @@ def test_a_request_that_nobody_can_honour_raises_every_reason():
         ({"features": frozenset({"gqa"})}, "it lacks dropout"),
         ({"device_types": frozenset({"cuda"})}, "it does not run on cpu"),
         ({"max_head_size": 32}, "its heads have at most 32 channels, not 64"),
+        ({"head_size_multiple": 48}, "its heads have a multiple of 48 channels, not 64"),
+        ({"excludes": (frozenset({"gqa", "dropout"}),)}, "it lacks dropout with gqa"),
         ({"unavailable": lambda: "flash-attn is not installed"}, "flash-attn is not installed"),
         ({}, None),
     ],
 )
 def test_a_backend_says_why_it_cannot(limits, reason):
-    backend = AttentionBackend(name="x", choose_when="", preference=0, attend=REFERENCE.attend, **limits)
+    backend = AttentionBackend(name="x", choose_when="", preference=prefer(0), attend=REFERENCE.attend, **limits)
     assert backend.why_not(REQUEST) == reason
+
+
+@pytest.mark.parametrize(("lengths", "window"), [((9, 9), 3), ((1, 9), 3), ((4, 9), 6), ((9, 9), 99)])
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=lambda backend: backend.name)
+def test_a_window_hides_the_keys_before_it(backend, lengths, window):
+    tensors = make_heads(lengths, 2, (4, 2), 8)
+    assert max(errors(backend, tensors, scale=0.3, causal=True, window=window)) < 1e-6
+
+
+def test_a_window_needs_causal_attention():
+    for backend in BACKENDS.values():
+        with pytest.raises(ValueError, match="needs causal attention"):
+            backend.attend(*make_heads((9, 9), 1, (1, 1), 8), scale=1.0, causal=False, dropout=0.0, window=3)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_capped_logits_of_the_reference(causal):
+    tensors = make_heads((9, 9), 2, (4, 2), 8)
+    assert max(errors(REFERENCE, tensors, scale=0.9, causal=causal, softcap=0.7)) < 1e-6
+
+
+def test_sdpa_refuses_to_cap_logits():
+    with pytest.raises(ValueError, match="do not cap logits"):
+        BACKENDS["sdpa"].attend(*make_heads((9, 9), 1, (1, 1), 8), scale=1.0, causal=True, dropout=0.0, softcap=1.0)
+    assert BACKENDS["sdpa"].why_not(dataclasses.replace(REQUEST, softcap=True)) == "it lacks softcap"
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"causal": False}, {"causal": True, "window": 4}])
+@pytest.mark.parametrize("backend", BACKENDS.values(), ids=lambda backend: backend.name)
+def test_documents_given_as_bounds(backend, options):
+    assert max(errors(backend, make_heads((20, 20), 2, (4, 2), 8), ids=make_ids(2, 20, 4), scale=0.3, **options)) < 1e-6
+
+
+def test_document_bounds_are_those_of_each_tokens_document():
+    bounds = document_bounds(torch.tensor([[0, 0, 0, 2, 2, 3], [1, 1, 1, 1, 1, 1]]))
+    assert bounds.dtype == torch.int32
+    assert bounds.tolist() == [[[0, 0, 0, 3, 3, 5], [3, 3, 3, 5, 5, 6]], [[0] * 6, [6] * 6]]
+
+
+def test_packed_documents_never_reach_over_samples():
+    packed = pack_documents(torch.tensor([[0, 0, 0, 1, 1, 2], [2, 2, 2, 2, 3, 3]]))
+    assert (packed.offsets.tolist(), packed.max_length) == ([0, 3, 5, 6, 10, 12], 4)
+    assert packed.offsets.dtype == torch.int32
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - set(BACKENDS)))
+def test_a_backend_for_gpus_says_so_on_the_cpu(name):
+    request = dataclasses.replace(REQUEST, dtype=torch.bfloat16, dropout=0.0, gqa=False)
+    assert ALL[name].why_not(request) == "it does not run on cpu"
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_preferences_follow_the_measured_speeds(monkeypatch, size):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+
+    def order(**needs):
+        request = AttentionRequest(head_size=size, dtype=torch.bfloat16, device_type="cuda", **needs)
+        return sorted(ALL, key=lambda name: -ALL[name].preference(request))
+
+    fastest = order(sequence_length=8192)[:2]
+    assert fastest == ["flash_v4", "sdpa_cudnn"]
+    assert order(sequence_length=2048)[0] == ("flash_v4" if size == 64 else "sdpa_cudnn")
+    documents = order(sequence_length=8192, documents=True)
+    assert documents.index("flash_triton") < documents.index("sdpa")

@@ -88,7 +88,7 @@ def test_training_goes_on_after_generating_in_inference_mode():
     model(torch.tensor([PROMPTS[2]]), labels=torch.tensor([PROMPTS[2]])).backward()
 
 
-@pytest.mark.parametrize(("prompts", "lacking"), [(PROMPTS, "documents"), (PROMPTS, "cache"), ([[1]], "cache")])
+@pytest.mark.parametrize(("prompts", "lacking"), [(PROMPTS, "mask"), (PROMPTS, "cache"), ([[1]], "cache")])
 def test_a_backend_that_lacks_what_generation_needs_is_refused(prompts, lacking):
     model = tiny_gpt()
     model.attention = dataclasses.replace(model.attention, features=model.attention.features - {lacking})

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from megatron.kernels.attention.documents import document_bounds
 
 
 class Attend(Protocol):
@@ -25,6 +27,9 @@ class Attend(Protocol):
         causal: whether query i sees only the keys 0 .. s' - s + i (aligned to the bottom right).
         dropout: probability of dropping a weight, 0 outside training.
         mask: bool [b or 1, 1, s, s'], True = may attend; it must leave each query a key. With `causal`, both hold.
+        documents: what the backend's `prepare_documents` made: tokens attend inside their own document; s' = s.
+        window: how many keys a query sees, its own and those just before, with `causal` alone; 0: all.
+        softcap: c of c tanh(logits / c), which bounds the logits before they are masked; 0: none.
 
     Returns:
         [s, b, n, d].
@@ -40,6 +45,9 @@ class Attend(Protocol):
         causal: bool,
         dropout: float,
         mask: Tensor | None = None,
+        documents: Any = None,
+        window: int = 0,
+        softcap: float = 0.0,
     ) -> Tensor:
         """See the class."""
 
@@ -54,11 +62,19 @@ class AttentionRequest:
     dropout: float = 0.0
     gqa: bool = False
     documents: bool = False
-    """Masks that keep the documents of one sample, or padding, apart."""
+    """Tokens attend inside their own document of a sample."""
+    mask: bool = False
+    """Any other mask: padding while generating."""
+    window: bool = False
+    """Each query sees a limited number of keys before it."""
+    softcap: bool = False
+    """Logits are bounded by a tanh."""
     cache: bool = False
     """More keys than queries: generation."""
     causal: bool = True
     """False: every query sees every key."""
+    sequence_length: int | None = None
+    """How many queries there are at most, where it is known: which backend is the fastest may depend on it."""
 
     @property
     def features(self) -> frozenset[str]:
@@ -67,19 +83,28 @@ class AttentionRequest:
             "dropout": self.dropout > 0,
             "gqa": self.gqa,
             "documents": self.documents,
+            "mask": self.mask,
+            "window": self.window,
+            "softcap": self.softcap,
             "cache": self.cache,
             "bidirectional": not self.causal,
         }
         return frozenset(name for name, is_needed in needed.items() if is_needed)
 
 
-ALL_FEATURES = frozenset({"dropout", "gqa", "documents", "cache", "bidirectional"})
-ALL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+ALL_FEATURES = frozenset({"dropout", "gqa", "documents", "mask", "window", "softcap", "cache", "bidirectional"})
+HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
+ALL_DTYPES = HALF_DTYPES | {torch.float32}
 
 
 def always_available() -> str | None:
     """Say nothing: for backends that need nothing but torch."""
     return None
+
+
+def prefer(rank: int) -> Callable[[AttentionRequest], int]:
+    """Prefer a backend alike for every request."""
+    return lambda request: rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,27 +114,37 @@ class AttentionBackend:
     name: str
     choose_when: str
     """When a user should want it: half a sentence, printed beside the choice."""
-    preference: int
+    preference: Callable[[AttentionRequest], int]
     """`auto` takes the highest among those that can honour the request: the order of speed."""
     attend: Attend
     unavailable: Callable[[], str | None] = always_available
     """Why this machine cannot run it (a missing package, too old a device), or None."""
     features: frozenset[str] = ALL_FEATURES
+    excludes: tuple[frozenset[str], ...] = ()
+    """Features that it has, but not together."""
     dtypes: frozenset[torch.dtype] = ALL_DTYPES
     device_types: frozenset[str] = frozenset({"cpu", "cuda"})
     max_head_size: int | None = None
+    head_size_multiple: int = 1
     dense_document_mask: bool = True
-    """Whether documents reach it as a bool mask [b,1,s,s]."""
+    """Whether documents reach it as a bool mask [b, 1, s, s], else through `prepare_documents`."""
+    prepare_documents: Callable[[Tensor], Any] = document_bounds
+    """Makes `documents`, once a micro-batch for all layers, from document ids [b, s]."""
 
     def why_not(self, request: AttentionRequest) -> str | None:
         """Say why this backend cannot honour a request here; None when it can."""
         missing = sorted(request.features - self.features)
         if missing:
             return f"it lacks {', '.join(missing)}"
+        for together in self.excludes:
+            if together <= request.features:
+                return f"it lacks {' with '.join(sorted(together))}"
         if request.device_type not in self.device_types:
             return f"it does not run on {request.device_type}"
         if request.dtype not in self.dtypes:
             return f"it does not compute in {str(request.dtype).removeprefix('torch.')}"
         if self.max_head_size is not None and request.head_size > self.max_head_size:
             return f"its heads have at most {self.max_head_size} channels, not {request.head_size}"
+        if request.head_size % self.head_size_multiple:
+            return f"its heads have a multiple of {self.head_size_multiple} channels, not {request.head_size}"
         return self.unavailable()

@@ -9,26 +9,46 @@ from megatron.kernels.constant import cached_constant
 
 
 @cached_constant(maxsize=8)
-def causal_mask(query_length: int, key_length: int, device: torch.device) -> Tensor:
-    """Make a bool mask [s, s'], aligned to the bottom right: query i sees keys 0 .. s' - s + i.
+def causal_mask(query_length: int, key_length: int, device: torch.device, window: int = 0) -> Tensor:
+    """Make a bool mask [s, s'], aligned to the bottom right: query i sees keys 0 .. s' - s + i, or the last of these.
 
     Made on the host, moved once, kept for the few lengths that a run uses.
     """
-    mask = torch.ones(query_length, key_length, dtype=torch.bool, device="cpu").tril_(key_length - query_length)
+    offset = key_length - query_length
+    mask = torch.ones(query_length, key_length, dtype=torch.bool, device="cpu").tril_(offset)
+    if window:
+        mask.triu_(offset - window + 1)
     return mask.to(device)
 
 
-def combine_masks(query: Tensor, key: Tensor, *, causal: bool, mask: Tensor | None) -> Tensor | None:
-    """Combine what `causal` and `mask` say into one mask; None when every query sees every key.
+def combine_masks(query: Tensor, key: Tensor, *, causal: bool, mask: Tensor | None, window: int = 0) -> Tensor | None:
+    """Combine what `causal`, `window` and `mask` say into one mask; None when every query sees every key.
 
     Query and key are [s, b, ., .]. A single query comes last: it sees every key, causal or not.
+
+    Raises:
+        ValueError: there is a window without `causal`.
     """
     query_length, key_length = query.shape[0], key.shape[0]
-    if not causal or query_length == 1:
+    if window and not causal:
+        raise ValueError("a window looks back from each query: it needs causal attention")
+    window = window if window < key_length else 0
+    if not causal or (query_length == 1 and not window):
         return mask
-    return causal_mask(query_length, key_length, query.device) if mask is None else and_causal(mask)
+    looks_back = causal_mask(query_length, key_length, query.device, window)
+    return looks_back if mask is None else mask & looks_back
 
 
-def and_causal(mask: Tensor) -> Tensor:
+def and_causal(mask: Tensor, window: int = 0) -> Tensor:
     """Keep queries of a mask [b,1,s,s'] from later keys as well: done once, it serves every layer."""
-    return mask & causal_mask(mask.shape[-2], mask.shape[-1], mask.device)
+    return mask & causal_mask(mask.shape[-2], mask.shape[-1], mask.device, window)
+
+
+def and_documents(mask: Tensor | None, bounds: Tensor | None) -> Tensor | None:
+    """Keep the documents of a sample apart as well: `bounds` are those of `document_bounds`, int32 [b, 2, s]."""
+    if bounds is None:
+        return mask
+    begins_bs, ends_bs = bounds.unbind(1)
+    places = torch.arange(bounds.shape[-1], device=bounds.device)
+    inside = (places >= begins_bs[:, None, :, None]) & (places < ends_bs[:, None, :, None])
+    return inside if mask is None else mask & inside

@@ -24,7 +24,7 @@ def pick_attention(name: str, request: AttentionRequest) -> tuple[AttentionBacke
     reasons = {backend.name: backend.why_not(request) for backend in backends.values()}
     usable = sorted(
         (backend for backend in backends.values() if reasons[backend.name] is None),
-        key=lambda backend: -backend.preference,
+        key=lambda backend: -backend.preference(request),
     )
     refused = "; ".join(f"{refused_name}: {reason}" for refused_name, reason in reasons.items() if reason is not None)
     if name == "auto":

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.kernels.attention.interface import AttentionBackend
-from megatron.kernels.attention.mask import combine_masks
+from megatron.kernels.attention.interface import AttentionBackend, prefer
+from megatron.kernels.attention.mask import and_documents, combine_masks
 
 
 def attend(
@@ -22,8 +22,11 @@ def attend(
     causal: bool,
     dropout: float,
     mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
-    """See `Attend`. The softmax is computed in fp32."""
+    """See `Attend`. The softmax is computed in fp32. Documents, as bounds, become a mask."""
     query_length, batch, heads, head_size = query_sbnd.shape
     key_length, _, groups, _ = key_sbkd.shape
     # The query heads of a group become rows of one product with the group's keys, so that keys are never repeated.
@@ -33,7 +36,9 @@ def attend(
 
     scores = torch.baddbmm(query.new_empty(()), query, key, beta=0.0, alpha=scale)
     scores = scores.view(batch, heads, query_length, key_length)
-    allowed = combine_masks(query_sbnd, key_sbkd, causal=causal, mask=mask)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    allowed = combine_masks(query_sbnd, key_sbkd, causal=causal, mask=and_documents(mask, documents), window=window)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
     weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype), dropout)
@@ -44,6 +49,6 @@ def attend(
 BACKEND = AttentionBackend(
     name="unfused",
     choose_when="the reference, written out in plain torch",
-    preference=0,
+    preference=prefer(0),
     attend=attend,
 )

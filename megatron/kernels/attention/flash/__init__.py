@@ -1,0 +1,1 @@
+"""FlashAttention-2 in Triton: tiles, forward, backward, and the operators around them."""
