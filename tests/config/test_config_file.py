@@ -65,7 +65,7 @@ def test_unset_values_in_the_file_are_left_out(tmp_path: Path) -> None:
     [
         ("run.json", '{"num_laers": 3}', "--num-laers is not a flag: did you mean --num-layers"),
         ("run.json", '{"eval_iters": "few"}', "--eval-iters: 'few' is not an integer."),
-        ("run.json", '{"remote_device": "nvme"}', "--attention-backend sdpa"),
+        ("run.json", '{"remote_device": "nvme"}', "offloading to NVMe is not offered"),
         ("run.json", '{"eval_iters": {"a": 1}}', "eval_iters is"),
         ("run.json", '{"print_config": true}', "--print-config belongs on the command line"),
         ("run.json", '{"eval_iters": 3,}', "is not JSON: "),
