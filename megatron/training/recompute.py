@@ -78,10 +78,6 @@ class Recompute:
         return text if all_blocks else f"{text}, and all of the others"
 
 
-IN_PRODUCTS: dict[str, AttentionProducts] = {"sdpa": "fused", "unfused": "written out"}
-"""How a backend's work appears among the products; that of all others is always computed again."""
-
-
 def unit_shape(
     config: ModelConfig,
     training: TrainingConfig,
@@ -91,15 +87,21 @@ def unit_shape(
     itemsize: int,
 ) -> UnitShape:
     """Put together the sizes of a rank's micro-batch; `itemsize` is in bytes."""
-    drops_inside = attention.name == "sdpa" and config.attention_dropout > 0
     return UnitShape(
         tokens=training.micro_batch_size * data.seq_length // groups.ulysses.size,
         seq_length=data.seq_length,
         tensor_size=groups.tensor.size,
         itemsize=itemsize,
         documents=data.reset_attention_mask,
-        attention="opaque" if drops_inside else IN_PRODUCTS.get(attention.name, "opaque"),
+        attention=attention_in_products(attention.name, config.attention_dropout),
     )
+
+
+def attention_in_products(backend: str, dropout: float) -> AttentionProducts:
+    """Say how a backend's work appears among the products: of kernels, torch's own alone are seen there."""
+    if backend == "unfused":
+        return "written out"
+    return "fused" if backend.startswith("sdpa") and dropout == 0 else "opaque"
 
 
 def build_recompute(

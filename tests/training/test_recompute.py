@@ -7,7 +7,13 @@ from megatron.config.kernels import KernelsConfig
 from megatron.config.model import ModelConfig
 from megatron.model.recompute_flops import UnitShape
 from megatron.parallel.groups import Group
-from megatron.training.recompute import GIB, build_recompute, micro_batches_in_flight, unit_budget_bytes
+from megatron.training.recompute import (
+    GIB,
+    attention_in_products,
+    build_recompute,
+    micro_batches_in_flight,
+    unit_budget_bytes,
+)
 
 MODEL = ModelConfig(num_layers=8, hidden_size=1024, num_attention_heads=16, hidden_dropout=0.0)
 SHAPE = UnitShape(tokens=4096, seq_length=2048)
@@ -109,6 +115,20 @@ def test_what_is_recomputed_and_kept_is_told_once(flags, sentence):
 def test_it_is_told_when_selective_recompute_has_little_to_save():
     sentence = build(recompute_granularity="selective").describe()
     assert sentence.endswith("; this kernel keeps no s x s weights, so that little is saved")
+
+
+@pytest.mark.parametrize(
+    ("backend", "dropout", "seen"),
+    [
+        ("sdpa", 0.0, "fused"),
+        ("sdpa_flash", 0.0, "fused"),
+        ("sdpa", 0.1, "opaque"),
+        ("unfused", 0.1, "written out"),
+        ("flash_v2", 0.0, "opaque"),
+    ],
+)
+def test_torchs_kernels_without_dropout_are_among_the_products_that_may_be_kept(backend, dropout, seen):
+    assert attention_in_products(backend, dropout) == seen
 
 
 def test_inputs_are_counted_as_a_rank_holds_them():
