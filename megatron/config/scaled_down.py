@@ -241,7 +241,7 @@ def _small_length(parallel: ParallelConfig) -> int:
 
 
 def _small_depth(model: ModelConfig, parallel: ParallelConfig, unit: int) -> int:
-    """Give each stage a unit of blocks and one of them another block, so that units and stages differ where they may."""
+    """Give each stage a unit of blocks, and one of them a block more: units and stages differ where they may."""
     if parallel.stage_blocks is not None:
         return sum(parallel.stage_blocks)
     return min(parallel.pipeline_model_parallel_size * unit + 1, model.num_layers)
