@@ -61,12 +61,14 @@ def scale_down(config: RunConfig, *, data_size: int, steps: int, data_prefix: st
         steps: optimizer steps of it.
         data_prefix: token files to read; ids are below `small_vocabulary(...)`.
     """
-    parallel = _small_parallel(config.parallel)
+    unit = min(config.kernels.recompute_num_layers, 2)
+    parallel = _small_parallel(config.parallel, unit)
+    model = _small_model(config.model, parallel, config.data.seq_length)
     return replace(
         config,
-        model=_small_model(config.model, parallel, config.data.seq_length),
+        model=replace(model, num_layers=_small_depth(config.model, parallel, unit)),
         parallel=parallel,
-        kernels=_small_kernels(config.kernels),
+        kernels=replace(config.kernels, recompute_num_layers=unit),
         training=_small_training(config.training, parallel, data_size, steps),
         optimizer=_constant_rates(config.optimizer),
         engine=replace(config.engine, zero_reduce_bucket_size=5000, zero_allgather_bucket_size=5000),
@@ -167,12 +169,12 @@ def _defaults(section: Any, prefixes: tuple[str, ...]) -> dict[str, Any]:
     return {field.name: field.default for field in fields(section) if field.name.startswith(prefixes)}
 
 
-def _small_parallel(parallel: ParallelConfig) -> ParallelConfig:
-    counts = parallel.stage_blocks
-    partition = None if counts is None else ",".join("1" if count == min(counts) else "2" for count in counts)
+def _small_parallel(parallel: ParallelConfig, unit: int) -> ParallelConfig:
+    """Give each stage the blocks of one unit of recompute, and one more where others have fewer."""
+    counts = parallel.stage_blocks or ()
     return replace(
         parallel,
-        pipeline_partition=partition,
+        pipeline_partition=",".join(str(unit + (count > min(counts))) for count in counts) or None,
         distributed_timeout_minutes=min(parallel.distributed_timeout_minutes, 2.0),
     )
 
@@ -189,7 +191,6 @@ def _small_model(model: ModelConfig, parallel: ParallelConfig, seq_length: int) 
     longer = model.max_position_embeddings > seq_length
     return replace(
         model,
-        num_layers=_small_depth(model, parallel),
         hidden_size=hidden,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
@@ -239,15 +240,11 @@ def _small_length(parallel: ParallelConfig) -> int:
     return shards * max(-(-32 // shards), 2)
 
 
-def _small_depth(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Give two blocks; in a pipeline one more than stages, so that these differ where they may."""
+def _small_depth(model: ModelConfig, parallel: ParallelConfig, unit: int) -> int:
+    """Give each stage a unit of blocks, and one of them a block more: units and stages differ where they may."""
     if parallel.stage_blocks is not None:
         return sum(parallel.stage_blocks)
-    return min(parallel.pipeline_model_parallel_size + 1, model.num_layers)
-
-
-def _small_kernels(kernels: KernelsConfig) -> KernelsConfig:
-    return replace(kernels, recompute_num_layers=min(kernels.recompute_num_layers, 2))
+    return min(parallel.pipeline_model_parallel_size * unit + 1, model.num_layers)
 
 
 def _small_training(training: TrainingConfig, parallel: ParallelConfig, data_size: int, steps: int) -> TrainingConfig:

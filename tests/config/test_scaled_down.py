@@ -97,9 +97,13 @@ def test_a_step_has_several_micro_batches_and_a_pipeline_more_than_stages():
         assert small.training.global_batch_size == small.training.micro_batch_size * data_ranks * count
 
 
-def test_uneven_stages_stay_uneven():
-    _, small, _ = small_of("--pipeline-model-parallel-size 4 --pipeline-partition 9,9,9,5")
+def test_uneven_stages_stay_uneven_and_hold_a_unit_of_recompute():
+    stages = "--pipeline-model-parallel-size 4 --pipeline-partition 9,9,9,5"
+    _, small, _ = small_of(stages)
     assert small.parallel.stage_blocks == (2, 2, 2, 1)
+    _, small, _ = small_of(f"{stages} --recompute-granularity full --recompute-num-layers 3")
+    assert small.parallel.stage_blocks == (3, 3, 3, 2)
+    assert small.kernels.recompute_num_layers == 2
 
 
 @pytest.mark.parametrize(
