@@ -58,7 +58,7 @@ case "$launcher" in
 deepspeed | torchrun | srun | mpirun | none) ;;
 *) fail "LAUNCHER=$launcher is not one of deepspeed, torchrun, srun, mpirun, none." ;;
 esac
-for name in NUM_GPUS NUM_NODES; do
+for name in NUM_GPUS NUM_NODES MASTER_PORT; do
     [ -z "${!name:-}" ] || number "$name" "${!name}"
 done
 gpus=${NUM_GPUS:-} first_host="" this_host=none
@@ -85,6 +85,8 @@ if [[ -z "${DRY_RUN:-}" && ! "$launcher" =~ ^(srun|none)$ && "$elsewhere" != non
 fi
 gpus=${gpus:-1}
 master_addr=${MASTER_ADDR:-$first_host} node_rank=${NODE_RANK:-}
+[[ -z "$node_rank" || ("$node_rank" =~ ^[0-9]{1,6}$ && "$node_rank" -lt "$num_nodes") ]] ||
+    fail "NODE_RANK=$node_rank is not the number of a machine, 0 to $((num_nodes - 1))."
 # As many threads as a rank has cores, and no more than data preparation on the host can use.
 threads=$((${SLURM_CPUS_PER_TASK:-$(nproc) / gpus}))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads < 1 ? 1 : threads > 8 ? 8 : threads))}"
