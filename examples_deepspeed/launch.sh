@@ -58,10 +58,10 @@ case "$launcher" in
 deepspeed | torchrun | srun | mpirun | none) ;;
 *) fail "LAUNCHER=$launcher is not one of deepspeed, torchrun, srun, mpirun, none." ;;
 esac
-for name in NUM_GPUS NUM_NODES; do
+for name in NUM_GPUS NUM_NODES MASTER_PORT; do
     [ -z "${!name:-}" ] || number "$name" "${!name}"
 done
-gpus=${NUM_GPUS:-} first_host="" this_host=none
+gpus=${NUM_GPUS:-} first_host="" this_host=none all_hosts=""
 num_nodes=${NUM_NODES:-1}
 case "$launcher" in
 srun) gpus=${gpus:-${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}} ;;
@@ -69,7 +69,7 @@ none) gpus=${OMPI_COMM_WORLD_LOCAL_SIZE:-${MPI_LOCALNRANKS:-${SLURM_NTASKS_PER_N
 *)
     if [ -n "${HOSTFILE:-}" ]; then
         hosts=$("$PYTHON" "$root/tools/read_hostfile.py" "$HOSTFILE" "${NUM_NODES:-}" "$gpus") || exit 2
-        read -r num_nodes gpus first_host this_host <<<"$hosts"
+        read -r num_nodes gpus first_host this_host all_hosts <<<"$hosts"
     fi
     ;;
 esac
@@ -84,7 +84,9 @@ if [[ -z "${DRY_RUN:-}" && ! "$launcher" =~ ^(srun|none)$ && "$elsewhere" != non
     [ "$found" -eq 0 ] || gpus=${gpus:-$found}
 fi
 gpus=${gpus:-1}
-master_addr=${MASTER_ADDR:-$first_host} node_rank=${NODE_RANK:-}
+over_ssh="" master_addr=${MASTER_ADDR:-$first_host} node_rank=${NODE_RANK:-}
+[[ -z "$node_rank" || ("$node_rank" =~ ^[0-9]{1,6}$ && "$node_rank" -lt "$num_nodes") ]] ||
+    fail "NODE_RANK=$node_rank is not the number of a machine, 0 to $((num_nodes - 1))."
 # As many threads as a rank has cores, and no more than data preparation on the host can use.
 threads=$((${SLURM_CPUS_PER_TASK:-$(nproc) / gpus}))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads < 1 ? 1 : threads > 8 ? 8 : threads))}"
@@ -100,8 +102,9 @@ deepspeed)
         command+=(--master_port "${MASTER_PORT:-29500}")
         if [ -n "$node_rank" ]; then # started on every machine by hand
             command+=(--no_ssh --node_rank "$node_rank" --master_addr "$master_addr")
-        elif [ -n "${MASTER_ADDR:-}" ]; then
-            command+=(--master_addr "$MASTER_ADDR")
+        else
+            [ "$num_nodes" -eq 1 ] || over_ssh=$all_hosts
+            [ -z "${MASTER_ADDR:-}" ] || command+=(--master_addr "$MASTER_ADDR")
         fi
     else
         # Without --hostfile it would look for /job/hostfile. With --num_gpus it ignores CUDA_VISIBLE_DEVICES.
@@ -184,17 +187,22 @@ ranks_below() { # PID: the first processes below it that a launcher has told the
 # shellcheck disable=SC2329
 pass_on() { # SIGNAL
     local ranks
-    asked=$1
+    [ "$1" = INT ] || asked=yes
     ranks=$(ranks_below "$job")
     if [[ "$launcher" =~ ^(srun|mpirun)$ && "$1" != INT ]]; then
         kill -USR1 "$job" # which they give to the ranks on all hosts; after a SIGTERM they kill them at once
+    elif [ -n "$over_ssh" ] && [ "$1" != INT ]; then
+        PDSH_RCMD_TYPE=ssh pdsh -S -w "$over_ssh" "pkill -USR1 -P \$(pgrep -d, -f '$launch_command')" ||
+            kill -TERM -- "-$job" # no rank yet
     elif [ -n "$ranks" ] && [ "$1" != INT ]; then
         # shellcheck disable=SC2086 # numbers
         kill "-$1" $ranks
-    else # none yet, or all on other hosts, where the deepspeed launcher passes on a SIGTERM
+    else # no rank yet
         kill "-${1/USR1/TERM}" -- "-$job"
     fi 2>/dev/null || true
 }
+# What the deepspeed launcher runs on each host, as a regular expression; a rank is its child.
+launch_command="^[^ ]+ -u -m deepspeed.launcher.launch .*--master_port=${MASTER_PORT:-29500}( |\$)"
 asked=""
 set -m
 "${command[@]}" </dev/null &
@@ -211,5 +219,6 @@ while kill -0 "$job" 2>/dev/null; do # a signal ended the wait, not the job
     wait "$job" || code=$?
 done
 while kill -0 -- "-$job" 2>/dev/null; do sleep 0.2; done
-[ "$launcher" != torchrun ] || [ -z "$asked" ] || [ "$code" -ne 1 ] || code=143 # torchrun turns every exit code into 1
+# torchrun turns every exit code into 1; the others are of a rank that the signal met before its training or after it.
+[[ -z "$asked" || ! "$launcher:$code" =~ ^(torchrun:1|[a-z]+:(138|246))$ ]] || code=143
 exit "$code"

@@ -3,7 +3,8 @@
 
     python tools/read_hostfile.py hosts 2 8
 
-prints the number of hosts, the ranks on each, the first host, and which of them this machine is, or `none`.
+prints the number of hosts, the ranks on each, the first host, which of them this machine is, or `none`, and all of them
+with commas between.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from megatron.engine.hosts import choose_hosts, number_of_this_host, read_hostfi
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the four words; returns the exit code."""
+    """Print the five words; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hostfile", type=Path, help="file of `host slots=N` lines")
     parser.add_argument("nodes", nargs="?", default="", help="hosts to use (empty: all)")
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     used = list(hosts)[:nodes]
     here = number_of_this_host(used)
-    print(nodes, gpus, used[0], "none" if here is None else here)
+    print(nodes, gpus, used[0], "none" if here is None else here, ",".join(used))
     return 0
 
 

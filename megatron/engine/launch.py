@@ -70,7 +70,7 @@ def start(environment: RankEnvironment, timeout: timedelta) -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        _join(environment, backend, timeout)
+        _join(environment, backend, device, timeout)
         with quiet_stdout():
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
     except LaunchError:
@@ -85,7 +85,7 @@ def start(environment: RankEnvironment, timeout: timedelta) -> torch.device:
     return device
 
 
-def _join(environment: RankEnvironment, backend: str, timeout: timedelta) -> None:
+def _join(environment: RankEnvironment, backend: str, device: torch.device, timeout: timedelta) -> None:
     """Form the process group; gloo, which also carries the agreements beside NCCL, is told its network interface."""
     import torch.distributed as dist
 
@@ -99,7 +99,13 @@ def _join(environment: RankEnvironment, backend: str, timeout: timedelta) -> Non
         # gloo would take the address that this host's name stands for, which is often one of its loopback.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     dist.init_process_group(
-        backend, store=store, rank=environment.rank, world_size=environment.world_size, timeout=timeout
+        backend,
+        store=store,
+        rank=environment.rank,
+        world_size=environment.world_size,
+        timeout=timeout,
+        # NCCL then connects at once, and groups made later share its resources; a rank alone has nobody to reach.
+        device_id=device if backend == "nccl" and environment.world_size > 1 else None,
     )
 
 

@@ -112,6 +112,44 @@ def test_start_joins_the_others_and_stop_leaves_so_that_it_can_start_again(size,
     assert run_on_ranks(size, start_and_stop, times, initialize=False, deepspeed=True) == [expected] * size
 
 
+def start_as_told_by(launcher):
+    """Start with the variables of another launcher instead of torchrun's, which are all that a rank has then."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron.engine import launch
+
+    told = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    rank = told["RANK"]
+    os.environ.update(
+        {
+            "mpirun": {
+                "OMPI_COMM_WORLD_RANK": rank,
+                "OMPI_COMM_WORLD_LOCAL_RANK": rank,
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+            },
+            "mpiexec": {"PMI_RANK": rank, "MPI_LOCALRANKID": rank, "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"},
+            "srun": {
+                "SLURM_PROCID": rank,
+                "SLURM_LOCALID": rank,
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_STEP_NODELIST": "localhost",
+            },
+        }[launcher]
+    )
+    launch.start(launch.read_environment(), timedelta(seconds=60))
+    total = torch.tensor(float(dist.get_rank() + 1))
+    dist.all_reduce(total)
+    launch.stop()
+    return total.item()
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", "mpiexec", "srun"])
+def test_ranks_of_another_launcher_meet_by_its_variables_alone(launcher):
+    assert run_on_ranks(2, start_as_told_by, launcher, initialize=False, deepspeed=True) == [3.0, 3.0]
+
+
 def find_nobody():
     from megatron.engine import launch
 

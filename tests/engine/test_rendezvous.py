@@ -92,6 +92,15 @@ def test_an_address_where_nobody_answers_is_one_sentence():
     assert "\n" not in sentence
 
 
+def test_a_master_address_without_address_is_told_at_once(caplog):
+    environment = RankEnvironment(
+        rank=1, local_rank=0, world_size=2, master_address="nowhere.invalid", master_port=29500, launcher="x"
+    )
+    with pytest.raises(RuntimeError):
+        rendezvous.open_store(environment, timedelta(seconds=0.5))
+    assert "rank 1: MASTER_ADDR=nowhere.invalid has no address on" in caplog.text
+
+
 def test_the_interface_of_an_address():
     assert rendezvous.interface_of("127.0.0.1") == "lo"
     assert rendezvous.interface_of("192.0.2.1") is None

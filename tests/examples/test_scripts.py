@@ -13,6 +13,7 @@ from megatron.config.run import parse_run_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples_deepspeed"
 LAUNCHER = EXAMPLES / "launch.sh"
+MACHINES = {"LAUNCHER": "torchrun", "NUM_NODES": "2", "MASTER_ADDR": "first"}
 SCRIPTS = sorted(path for path in EXAMPLES.rglob("*.sh") if path != LAUNCHER)
 
 
@@ -162,6 +163,8 @@ def test_a_wrong_hostfile_is_refused_in_one_sentence(tmp_path, text, variables, 
         ({"LAUNCHER": "rsh"}, "LAUNCHER=rsh is not one of deepspeed, torchrun, srun, mpirun, none"),
         ({"NUM_GPUS": "0"}, "NUM_GPUS=0 is not a whole number of at least 1"),
         ({"NUM_NODES": "two"}, "NUM_NODES=two is not a whole number"),
+        (MACHINES | {"NODE_RANK": "2"}, "NODE_RANK=2 is not the number of a machine, 0 to 1"),
+        (MACHINES | {"NODE_RANK": "one"}, "NODE_RANK=one is not the number of a machine"),
         ({"CUDA_VISIBLE_DEVICES": "GPU-8f1c"}, "use numbers or LAUNCHER=torchrun"),
         ({"DRY_RUN": "", "LAUNCHER": "srun"}, "works inside a SLURM job"),
     ],
