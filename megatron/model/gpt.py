@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
+from megatron.config.errors import ConfigError
 from megatron.config.model import ModelConfig
 from megatron.kernels.attention.interface import AttentionBackend
 from megatron.kernels.attention.mask import and_causal
@@ -137,6 +138,7 @@ class GPT(nn.Module):
 
         Raises:
             AttentionUnavailableError: the attention backend does not honour a mask, a cache or documents given.
+            ConfigError: the tensor ranks are to divide the sequence and cannot.
         """
         context = self.context(tokens, position_ids, attention_mask, cache, document_ids)
         logits = self.run(tokens, context)
@@ -156,7 +158,9 @@ class GPT(nn.Module):
 
         Raises:
             AttentionUnavailableError: the attention backend does not honour a mask, a cache or documents given.
+            ConfigError: the tensor ranks are to divide the sequence and cannot.
         """
+        self._require_whole_shards(tokens.shape[1])
         self.require("mask", attention_mask is not None)
         self.require("cache", cache is not None)
         self.require("documents", document_ids is not None)
@@ -201,6 +205,16 @@ class GPT(nn.Module):
         """Find the stages of `part` that are blocks: all but the two before the blocks and the two after them."""
         first = min(max(part.start, 2), part.stop)
         return range(first, max(first, min(part.stop, len(self._stage_names) - 2)))
+
+    def _require_whole_shards(self, length: int) -> None:
+        shards = self.groups.tensor.sequence_shards(self.sequence_parallel).size
+        if length % shards:
+            raise ConfigError(
+                [
+                    f"a sequence of {length} tokens cannot be divided over {shards} tensor ranks, as "
+                    f"--sequence-parallel does: make it {-(-length // shards) * shards} tokens long, or leave that out"
+                ]
+            )
 
     def require(self, feature: str, needed: bool) -> None:
         """Check that the attention backend has a feature if it is needed.

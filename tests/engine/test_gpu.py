@@ -20,6 +20,10 @@ CASES = [
     for optimizer in ("sgd", "adam")
     if stage > 0 or (precision == "fp32" and not offload)
 ]
+WEIGHTS_ON_HOST = [
+    {"stage": 3, "precision": precision, "optimizer": "sgd", "cpu_optimizer": offload, "remote_device": "cpu"}
+    for precision, offload in itertools.product(("fp32", "bf16", "fp16"), (False, True))
+]
 
 
 def step(engine, index):
@@ -49,15 +53,18 @@ def go_through(case, folder):
     return steps, weights, poisoned[2] and unchanged, straight, resumed
 
 
-def go_through_all(folder):
+def go_through_all(cases, folder):
     torch.backends.cuda.matmul.allow_tf32 = False
-    return [go_through(case, folder) for case in CASES]
+    return [go_through(case, folder) for case in cases]
 
 
-def test_every_stage_and_precision_on_every_gpu_there_is(tmp_path):
+@pytest.mark.parametrize("cases", [CASES, WEIGHTS_ON_HOST], ids=["every stage", "weights on the host"])
+def test_every_stage_and_precision_on_every_gpu_there_is(cases, tmp_path):
     size = min(2, torch.cuda.device_count())
-    for answers in run_on_ranks(size, go_through_all, str(tmp_path), backend="nccl", deepspeed=True, timeout=400):
-        for case, (steps, weights, skipped, straight, resumed) in zip(CASES, answers, strict=True):
+    for answers in run_on_ranks(
+        size, go_through_all, cases, str(tmp_path), backend="nccl", deepspeed=True, timeout=400
+    ):
+        for case, (steps, weights, skipped, straight, resumed) in zip(cases, answers, strict=True):
             half = case["precision"] != "fp32"
             config = toy.run_config(clip_grad=0.5, **case)
             losses, norms, expected = toy.train_plainly(config, COUNTS, size=1)

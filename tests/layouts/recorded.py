@@ -138,7 +138,7 @@ def logical_weights(module: nn.Module, groups: ParallelGroups) -> dict[str, Tens
 
     parameters = dict(module.named_parameters())
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
-        own = {name: _join(parameter, groups.tensor).float() for name, parameter in parameters.items()}
+        own = {name: _join(parameter, groups.tensor).float().cpu() for name, parameter in parameters.items()}
     stages: list[dict[str, Tensor]] = [own] * groups.pipeline.size
     if groups.pipeline.size > 1:
         dist.all_gather_object(stages, own, group=groups.pipeline.handle)

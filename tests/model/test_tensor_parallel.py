@@ -1,16 +1,20 @@
 """The model on two tensor ranks is the model on one: same initial weights, loss and gradients."""
 
+import dataclasses
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.config.errors import ConfigError
+from megatron.model.gpt import GPT
 from megatron.model.head import whole_logits
-from megatron.parallel.groups import create_groups
+from megatron.parallel.groups import Group, ParallelGroups, create_groups
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.recompute import FULL
 from megatron.parallel.sharding import sharding_of, slice_of
-from tests.model.tiny import LLAMA, VOCAB_SIZE, random_tokens, tiny_gpt
+from tests.model.tiny import LLAMA, VOCAB_SIZE, backend_called, random_tokens, tiny_config, tiny_gpt
 from tests.ranks import run_on_ranks
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -43,3 +47,21 @@ def differences(groups, changes):
 
 def test_two_tensor_ranks_equal_one():
     assert run_on_ranks(2, differences_from_one_rank) == [{"gpt2": [], "llama": []}] * 2
+
+
+@pytest.mark.parametrize("length", [1, 17])
+def test_a_sequence_that_the_tensor_ranks_cannot_divide_is_refused_in_one_sentence(length):
+    groups = dataclasses.replace(ParallelGroups.alone(), tensor=Group(ranks=(0, 1), rank=0, handle=None))
+    with torch.device("meta"):
+        model = GPT(
+            tiny_config(),
+            vocab_size=VOCAB_SIZE,
+            groups=groups,
+            attention=backend_called("sdpa"),
+            sequence_parallel=True,
+        )
+    with pytest.raises(ConfigError) as caught:
+        model(random_tokens(length=length))
+    (sentence,) = caught.value.messages
+    assert f"{length} tokens cannot be divided over 2 tensor ranks" in sentence
+    assert f"make it {length + 1} tokens long" in sentence
