@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.config.model import ModelConfig
 from megatron.training.checkpoint import CheckpointError
 
 FREE_TO_CHANGE = frozenset({"attention_dropout", "hidden_dropout", "init_method_std"})
@@ -24,6 +26,9 @@ FIXED = {
 }
 """Fields outside the model that decide which files the engine wrote."""
 
+MODEL_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+"""What a field of the model was in the checkpoints of versions that did not have it."""
+
 SILENT_SECTIONS = frozenset({"checkpoint", "reporting"})
 
 
@@ -41,7 +46,8 @@ def check_fits(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str
     for section, values in current.items():
         old_values = saved.get(section, {})
         for name in sorted(set(values) | set(old_values)):
-            old, new = old_values.get(name), values.get(name)
+            old = old_values.get(name, MODEL_DEFAULTS.get(name) if section == "model" else None)
+            new = values.get(name)
             if old != new:
                 change = f"--{name.replace('_', '-')} {old} -> {new}"
                 (fatal if _is_fixed(section, name) else harmless).append((section, change))

@@ -22,8 +22,8 @@ CASES = [
 ]
 
 
-def make_batch(step, rank):
-    """One sample of two documents: no attention across, positions anew, no loss at the first one's end."""
+def make_batch(step, rank, masked=True):
+    """One sample of two documents, told by a mask or by ids: positions anew, no loss at the first one's end."""
     text = torch.randint(VOCAB_SIZE, (1, LENGTH + 1), generator=torch.Generator().manual_seed(10 * step + rank))
     document = torch.tensor([0, 0, 0] + [1] * (LENGTH - 3))
     return toy.ToyBatch(
@@ -31,7 +31,8 @@ def make_batch(step, rank):
         labels=text[:, 1:],
         loss_mask=torch.tensor([[1.0, 1, rank] + [1.0] * (LENGTH - 3)]),
         position_ids=torch.tensor([[0, 1, 2, *range(LENGTH - 3)]]),
-        attention_mask=(document[:, None] == document[None, :])[None, None],
+        attention_mask=(document[:, None] == document[None, :])[None, None] if masked else None,
+        document_ids=None if masked else document[None].int(),
     )
 
 
@@ -40,7 +41,7 @@ def train(cases):
     for stage, options in cases:
         config = toy.run_config(stage=stage, optimizer="sgd", clip_grad=0.5)
         engine = toy.build_engine(config, model=tiny_gpt(**options))
-        steps = [engine.train_step([make_batch(step, dist.get_rank())], 0.1, 0.1) for step in range(3)]
+        steps = [engine.train_step([make_batch(step, dist.get_rank(), step > 0)], 0.1, 0.1) for step in range(3)]
         numbers = [(result.loss.item(), result.grad_norm.item()) for result in steps]
         held = sum(parameter.numel() for parameter in engine.module.parameters())
         weights = toy.full_weights(engine)

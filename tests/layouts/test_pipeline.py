@@ -38,8 +38,11 @@ class Case:
         return {"num_layers": sum(self.counts), **self.model}
 
 
-def make_batch(index: int, length: int = 8) -> toy.ToyBatch:
-    """One sample of two documents: no attention across, positions anew, a loss mask as uneven as can be."""
+def make_batch(index: int, length: int = 8, masked: bool = True) -> toy.ToyBatch:
+    """One sample of two documents: no attention across, positions anew, a loss mask as uneven as can be.
+
+    The documents are told by a mask of s x s, or by their ids.
+    """
     text, cut = random_tokens(1, length + 1, seed=index), 1 + index % (length - 1)
     document = torch.arange(length) >= cut
     density = 0.0 if index % 5 == 0 else (index % 7) / 6
@@ -49,13 +52,15 @@ def make_batch(index: int, length: int = 8) -> toy.ToyBatch:
         labels=text[:, 1:],
         loss_mask=mask.float(),
         position_ids=torch.cat((torch.arange(cut), torch.arange(length - cut)))[None],
-        attention_mask=(document[:, None] == document[None, :])[None, None],
+        attention_mask=(document[:, None] == document[None, :])[None, None] if masked else None,
+        document_ids=None if masked else document[None].int(),
     )
 
 
 def own_batches(step: int, count: int, groups: Any) -> list[toy.ToyBatch]:
     """This data-parallel rank's share of a step of `count` micro-batches, the same on all stages."""
-    return [make_batch(100 * step + index) for index in range(groups.data.rank, count, groups.data.size)]
+    indices = range(groups.data.rank, count, groups.data.size)
+    return [make_batch(100 * step + index, masked=index % 3 > 0) for index in indices]
 
 
 def build(case: Case, **changes: Any) -> tuple[Any, Any]:

@@ -4,7 +4,7 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron.config.model import ModelConfig
-from megatron.model.flops import model_flops_per_token
+from megatron.model.flops import matmul_parameters, model_flops_per_token
 from tests.model.tiny import LLAMA, random_tokens, tiny_gpt
 
 SEQUENCE, BATCH = 16, 2
@@ -34,6 +34,18 @@ def test_the_causal_count_halves_attention_alone():
         for causal in (False, True)
     )
     assert full - causal == 6 * 3 * 32 * SEQUENCE
+
+
+@pytest.mark.parametrize("window", [1, 5, SEQUENCE, 2 * SEQUENCE])
+def test_a_window_counts_the_keys_that_it_leaves(window):
+    model = tiny_gpt(attention_window=window)
+    plain = tiny_gpt()
+    seen = sum(min(i + 1, window) for i in range(SEQUENCE))
+    causal = model_flops_per_token(model.config, model.padded_vocab_size, SEQUENCE, causal=True)
+    products = 6 * matmul_parameters(plain.config, plain.padded_vocab_size)
+    # The diagonal is counted by half, as in the usual s^2 / 2.
+    counted = seen - min(window, SEQUENCE) / 2
+    assert causal - products == pytest.approx(12 * 3 * 32 * counted / SEQUENCE)
 
 
 def test_the_published_1_3b_count():

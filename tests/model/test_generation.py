@@ -96,6 +96,21 @@ def test_a_backend_that_lacks_what_generation_needs_is_refused(prompts, lacking)
         generate(model, prompts, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("window", [2, 5])
+@pytest.mark.parametrize("backend", ["sdpa", "unfused"])
+def test_a_window_looks_back_over_tokens_and_not_over_padding(backend, window):
+    model = tiny_gpt(backend=backend, attention_window=window)
+    together = generate(model, PROMPTS, max_new_tokens=8, greedy=True)
+    alone = [generate(model, [prompt], max_new_tokens=8, greedy=True)[0] for prompt in PROMPTS]
+    assert together == alone
+    for prompt, new in zip(PROMPTS, alone, strict=True):
+        tokens = list(prompt)
+        for token in new:
+            logits = model.eval()(torch.tensor([tokens]))[-1, 0, :VOCAB_SIZE]
+            assert logits.argmax() == token
+            tokens.append(token)
+
+
 def test_nothing_is_asked_for():
     model = tiny_gpt()
     assert generate(model, [], max_new_tokens=3) == []

@@ -118,18 +118,44 @@ def test_masked_documents_are_as_if_alone(variant, backend):
     mask = (document[:, None, :, None] == document[:, None, None, :]).contiguous()
     position_ids = torch.tensor([[*range(6), *range(10)]])
     together = model(tokens, position_ids=position_ids, attention_mask=mask)
+    packed = model(tokens, position_ids=position_ids, document_ids=document)
     apart = torch.cat([model(tokens[:, :6]), model(tokens[:, 6:])])
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(packed, apart, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(model(tokens)[6:], apart[6:], atol=1e-2)
 
 
-@pytest.mark.parametrize("given", ["attention_mask", "cache"])
+@pytest.mark.parametrize("backend", ["sdpa", "unfused"])
+def test_a_window_of_the_whole_sequence_is_none_and_a_short_one_forgets(backend):
+    model, tokens = tiny_gpt(backend=backend).eval(), random_tokens(length=16)
+    wide = tiny_gpt(backend=backend, attention_window=16).eval()
+    narrow = tiny_gpt(backend=backend, attention_window=2).eval()
+    torch.testing.assert_close(wide(tokens), model(tokens))
+    changed = tokens.clone()
+    changed[:, 0] = (tokens[:, 0] + 1) % 100
+    reach = 3 * (2 - 1)  # each of three layers looks one token back
+    torch.testing.assert_close(narrow(changed)[reach + 1 :], narrow(tokens)[reach + 1 :])
+    assert not torch.allclose(narrow(changed)[reach], narrow(tokens)[reach], atol=1e-4)
+    mask = torch.ones(1, 1, 16, 16, dtype=torch.bool)
+    torch.testing.assert_close(narrow(tokens, attention_mask=mask), narrow(tokens), atol=1e-5, rtol=1e-4)
+
+
+def test_capped_logits_change_the_model_and_a_high_cap_does_not():
+    model, tokens = tiny_gpt(backend="unfused").eval(), random_tokens(length=16)
+    high = tiny_gpt(backend="unfused", attention_softcap=1e4).eval()
+    low = tiny_gpt(backend="unfused", attention_softcap=0.1).eval()
+    torch.testing.assert_close(high(tokens), model(tokens), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(low(tokens), model(tokens), atol=1e-2)
+
+
+@pytest.mark.parametrize("given", ["attention_mask", "cache", "document_ids"])
 def test_a_backend_without_the_feature_refuses_it(given):
     model = tiny_gpt()
     model.attention = dataclasses.replace(model.attention, features=frozenset())
     inputs = {
         "attention_mask": torch.ones(1, 1, 16, 16, dtype=torch.bool),
         "cache": KeyValueCache(3, 16),
+        "document_ids": torch.zeros(2, 16, dtype=torch.int32),
     }
     with pytest.raises(AttentionUnavailableError, match="sdpa lacks"):
         model(random_tokens(), **{given: inputs[given]})

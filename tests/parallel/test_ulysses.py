@@ -3,6 +3,8 @@ import torch
 import torch.distributed as dist
 
 from megatron.config.errors import ConfigError
+from megatron.kernels.attention import unfused
+from megatron.kernels.attention.documents import document_bounds
 from megatron.parallel.groups import Group, create_groups
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.ulysses import UlyssesAttention, heads_for_sequences, sequence_shard, sequences_for_heads
@@ -31,6 +33,16 @@ def attention_matches_dense(query_heads, key_value_heads):
     actual.backward(own(upstream, group, 0))
     for whole, shard in zip(wholes, shards, strict=True):
         torch.testing.assert_close(shard.grad, own(whole.grad, group, 0))
+
+
+def documents_reach_whole_sequences():
+    """Attention inside of documents that the shards cut."""
+    group = ulysses_group()
+    bounds = document_bounds(torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2], [0, 1, 1, 1, 1, 1, 2, 2]]))
+    options = {"scale": 0.5, "causal": True, "dropout": 0.0, "documents": bounds, "window": 3}
+    wholes = [logical(seed, 8, 2, 4, 4) for seed in range(3)]
+    actual = UlyssesAttention(unfused.attend, group)(*(own(whole, group, 0) for whole in wholes), **options)
+    torch.testing.assert_close(actual, own(unfused.attend(*wholes, **options), group, 0))
 
 
 def trades():
@@ -67,6 +79,10 @@ def test_attention_of_sequence_shards_matches_attention_of_the_whole(query_heads
 @pytest.mark.parametrize(("query_heads", "key_value_heads"), [(8, 2), (12, 6)])
 def test_key_value_heads_that_four_ranks_do_not_divide_are_repeated_with_summed_gradients(query_heads, key_value_heads):
     run_on_ranks(4, attention_matches_dense, query_heads, key_value_heads)
+
+
+def test_documents_and_windows_are_those_of_the_whole_sequence():
+    run_on_ranks(2, documents_reach_whole_sequences)
 
 
 def test_the_trades_undo_each_other_and_backward_of_one_is_the_other():

@@ -36,6 +36,12 @@ def test_what_may_change_is_listed():
     assert check_fits(SAVED, other) == ["--hidden-dropout 0.1 -> 0.0", "--lr 0.1 -> 0.2"]
 
 
+def test_a_model_field_that_the_saving_version_did_not_have_had_its_default():
+    assert check_fits(SAVED, changed(model={"attention_window": 0})) == []
+    with pytest.raises(CheckpointError, match="--attention-window 0 -> 128"):
+        check_fits(SAVED, changed(model={"attention_window": 128}))
+
+
 def test_other_number_of_data_parallel_ranks_is_refused():
     check_layout({"data_parallel_size": 2}, {"data_parallel_size": 2})
     with pytest.raises(CheckpointError, match=r"data-parallel-size 2, and this run has 4.*start 2 ranks"):

@@ -1,0 +1,42 @@
+"""The attention kernels compile for GPUs that are not there, and keep what they compute with in registers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+ROOT = Path(__file__).parents[2]
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+
+
+def compile_kernels(capability, size, variant):
+    """In a process of its own, where kernels are no longer the interpreter's."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    answer = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_flash", str(capability), str(size), json.dumps([variant])],
+        cwd=ROOT,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr[-2000:]
+    return [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize(
+    ("capability", "size", "variant"),
+    [(80, 64, {}), (80, 128, {}), (90, 64, {}), (90, 128, {}), (90, 128, {"DOCUMENTS": True, "RAGGED": True})],
+)
+def test_kernels_compile(capability, size, variant):
+    reports = compile_kernels(capability, size, variant)
+    assert len(reports) == 3
+    for report in reports:
+        assert report["shared"] <= SHARED_BYTES[capability], report
+        assert report["wgmma"] == (capability == 90), report
+        assert report["stack"] <= (256 if variant else 128), report
