@@ -17,6 +17,7 @@ import torch
 from megatron.config.deepspeed_json import read_deepspeed_json
 from megatron.config.sections import RunConfig
 from megatron.data.tokenizer.build import build_tokenizer
+from megatron.data.tokenizer.interface import Tokenizer
 from megatron.engine.interface import Engine
 from megatron.engine.launchers import RankEnvironment
 from megatron.engine.settings import build_settings
@@ -36,7 +37,7 @@ from megatron.training.checkpoint import (
     read_streams,
     refuse_foreign,
 )
-from megatron.training.inputs import open_inputs
+from megatron.training.inputs import Inputs, open_inputs
 from megatron.training.metrics import SpeedModel, peak_tflops
 from megatron.training.param_groups import build_param_groups
 from megatron.training.params_norm import params_norm
@@ -79,17 +80,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         resources.callback(reporter.close)
         resume = _find_resume(config, place, reporter.say)
         state = TrainState() if resume is None else resume.state
-        inputs = open_inputs(
-            config.data,
-            plan,
-            place,
-            micro_batch_size=config.training.micro_batch_size,
-            seed=config.training.seed,
-            trains=not config.training.skip_train,
-            tokenizer=tokenizer,
-            attention=attention,
-            say=reporter.say,
-        )
+        inputs = _open_inputs(config, plan, place, tokenizer, attention, reporter.say)
         pipelined = place.groups.pipeline.size > 1
         in_parts = pipelined or config.engine.zero_stage == 3  # no rank ever holds the whole model
         model_device = torch.device("meta") if in_parts else place.device
@@ -220,6 +211,27 @@ def _open_reporter(config: RunConfig, plan: Plan, place: Place) -> Reporter:
         save=config.checkpoint.save,
         total_iterations=plan.total_iterations,
         config=config.to_json(),
+    )
+
+
+def _open_inputs(
+    config: RunConfig,
+    plan: Plan,
+    place: Place,
+    tokenizer: Tokenizer,
+    attention: AttentionBackend,
+    say: Callable[[str], None],
+) -> Inputs:
+    return open_inputs(
+        config.data,
+        plan,
+        place,
+        micro_batch_size=config.training.micro_batch_size,
+        seed=config.training.seed,
+        trains=not config.training.skip_train,
+        tokenizer=tokenizer,
+        attention=attention,
+        say=say,
     )
 
 
