@@ -33,7 +33,7 @@ ADAM_EPS_SHARE = 0.1
 INIT_STD = 0.2
 """Wide enough for attention to prefer some tokens to others: at the usual 0.02 a small model averages over them."""
 
-SMALL_BUCKETS = {"zero_reduce_bucket_size": 5000, "zero_allgather_bucket_size": 5000}
+SMALL_BUCKETS: dict[str, Any] = {"zero_reduce_bucket_size": 5000, "zero_allgather_bucket_size": 5000}
 """Elements of a bucket: so few that even small gradients take several."""
 
 TOLD = (
