@@ -33,6 +33,9 @@ ADAM_EPS_SHARE = 0.1
 INIT_STD = 0.2
 """Wide enough for attention to prefer some tokens to others: at the usual 0.02 a small model averages over them."""
 
+SMALL_BUCKETS: dict[str, Any] = {"zero_reduce_bucket_size": 5000, "zero_allgather_bucket_size": 5000}
+"""Elements of a bucket: so few that even small gradients take several."""
+
 TOLD = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_key_value_heads", "kv_channels"),
     *("pipeline_partition", "seq_length", "vocab_size", "micro_batch_size", "global_batch_size", "loss_scale"),
@@ -71,7 +74,7 @@ def scale_down(config: RunConfig, *, data_size: int, steps: int, data_prefix: st
         kernels=replace(config.kernels, recompute_num_layers=unit),
         training=_small_training(config.training, parallel, data_size, steps),
         optimizer=_constant_rates(config.optimizer),
-        engine=replace(config.engine, zero_reduce_bucket_size=5000, zero_allgather_bucket_size=5000),
+        engine=replace(config.engine, **SMALL_BUCKETS),
         data=_small_data(config.data, parallel, data_prefix),
         checkpoint=type(config.checkpoint)(),
         reporting=ReportingConfig(log_interval=1, progress="plain"),
@@ -86,7 +89,7 @@ def on_one_rank(config: RunConfig, *, precision: str) -> RunConfig:
             config,
             parallel=ParallelConfig(distributed_timeout_minutes=config.parallel.distributed_timeout_minutes),
             kernels=without_recompute(config.kernels),
-            engine=EngineConfig(zero_stage=stage),
+            engine=EngineConfig(zero_stage=stage, **SMALL_BUCKETS),
         ),
         precision,
     )
