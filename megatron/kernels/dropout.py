@@ -11,9 +11,8 @@ from torch import Tensor
 from megatron.kernels.build import load_kernel
 from megatron.kernels.operator import (
     DTYPE_CODES,
+    Operator,
     address,
-    define_gradient,
-    define_operator,
     falls_back,
     place,
     why_not_computed,
@@ -137,13 +136,13 @@ def _backward_fake(
     return grad.new_empty(grad.shape, dtype=dtype), grad_bias
 
 
-_dropout_add = define_operator(
+_dropout_add = Operator(
     "dropout_add(Tensor x, Tensor? bias, Tensor residual, Tensor key, float probability) -> Tensor",
     cuda=_dropout_add_cuda,
     cpu=_dropout_add_cpu,
     fake=_dropout_add_fake,
 )
-_backward = define_operator(
+_backward = Operator(
     "dropout_add_backward(Tensor grad, Tensor key, float probability, ScalarType dtype, bool biased)"
     " -> (Tensor, Tensor)",
     cuda=_backward_cuda,
@@ -166,4 +165,4 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad_x, grad_bias if ctx.biased else None, grad, None, None
 
 
-define_gradient(_dropout_add, _gradients, _keep)
+_dropout_add.define_gradient(_gradients, _keep)
