@@ -14,6 +14,7 @@ from megatron.config.model import ModelConfig
 from megatron.kernels.attention.interface import AttentionBackend
 from megatron.kernels.attention.mask import and_causal
 from megatron.kernels.attention.pick import AttentionUnavailableError
+from megatron.kernels.choice import PLAIN, Kernels
 from megatron.model.block import Block
 from megatron.model.context import Context, KeyValueCache
 from megatron.model.embedding import Positions, WordEmbedding
@@ -44,6 +45,7 @@ class GPT(nn.Module):
         sequence_parallel: keep only this tensor rank's shard of the sequence outside of the sharded products; the
             tensor ranks must then divide the length of the sequence.
         recompute_policy: which activations backward computes again instead of finding them kept.
+        kernels: what computes norms, activations and the like.
     """
 
     def __init__(
@@ -55,9 +57,11 @@ class GPT(nn.Module):
         attention: AttentionBackend,
         sequence_parallel: bool = False,
         recompute_policy: RecomputePolicy = NONE,
+        kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels
         self.vocab_size = vocab_size
         self.padded_vocab_size = padded_vocab_size(vocab_size, config.make_vocab_size_divisible_by)
         self.groups = groups
@@ -77,7 +81,7 @@ class GPT(nn.Module):
         hidden, rows, padding = config.hidden_size, self.padded_vocab_size, self.padded_vocab_size - self.vocab_size
         embedding = WordEmbedding(rows, hidden, vocab_size=self.vocab_size, group=group, sequence_parallel=sharded)
         attend = UlyssesAttention(self._attention_core(), self.groups.ulysses)
-        rotary = Rotary.from_config(config) if config.position_embedding_type == "rope" else None
+        rotary = Rotary.from_config(config, self.kernels) if config.position_embedding_type == "rope" else None
         yield embedding
         yield Positions(config, group=group, sequence_parallel=sharded)
         for layer in range(config.num_layers):
@@ -88,8 +92,9 @@ class GPT(nn.Module):
                 attend=attend,
                 rotary=rotary,
                 sequence_parallel=sharded,
+                kernels=self.kernels,
             )
-        yield Norm(config, hidden, shards=group.sequence_shards(sharded))
+        yield Norm(config, hidden, shards=group.sequence_shards(sharded), kernels=self.kernels)
         if config.untie_embeddings_and_output_weights:
             yield OutputHead(hidden, rows, bias=False, group=group, padding=padding, sequence_parallel=sharded)
         else:
@@ -174,7 +179,14 @@ class GPT(nn.Module):
 
     def loss(self, logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) -> Tensor:
         """Sum the token losses of logits [s, b, v/t]; labels and mask are those of `forward`."""
-        return masked_loss(logits, labels, loss_mask, vocab_size=self.vocab_size, group=self.groups.tensor)
+        return masked_loss(
+            logits,
+            labels,
+            loss_mask,
+            vocab_size=self.vocab_size,
+            group=self.groups.tensor,
+            kernels=self.kernels,
+        )
 
     def run(self, tokens: Tensor, context: Context) -> Tensor:
         """Fold all stages over [b, s] tokens; returns the logits [s, b, v/t]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +23,7 @@ from megatron.engine.launchers import RankEnvironment
 from megatron.engine.settings import build_settings
 from megatron.kernels.attention.interface import AttentionBackend, AttentionRequest
 from megatron.kernels.attention.pick import pick_attention
+from megatron.kernels.choice import PLAIN, Kernels, choose_kernels
 from megatron.model.flops import model_flops_per_token
 from megatron.model.gpt import GPT, padded_vocab_size
 from megatron.model.init import draw_parameters, initialize_parameters
@@ -81,11 +82,13 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         resume = _find_resume(config, place, reporter.say)
         state = TrainState() if resume is None else resume.state
         inputs = _open_inputs(config, plan, place, tokenizer, attention, reporter.say)
+        kernels, kernels_reason = choose_kernels(config.kernels, place.device.type)
         pipelined = place.groups.pipeline.size > 1
         in_parts = pipelined or config.engine.zero_stage == 3  # no rank ever holds the whole model
         model_device = torch.device("meta") if in_parts else place.device
-        model = build_model(config, tokenizer.vocab_size, place.groups, attention, recompute, model_device)
-        for sentence in _describe(config, plan, place, model, f"{attention.name}, {reason}", recompute):
+        model = build_model(config, tokenizer.vocab_size, place.groups, attention, recompute, model_device, kernels)
+        choices = [f" attention: {attention.name}, {reason}", f" kernels: {kernels_reason}", recompute.describe()]
+        for sentence in _describe(config, plan, place, model, choices):
             reporter.say(sentence)
         engine = (_build_pipeline if pipelined else _build_flat)(config, model, place)
         resources.callback(engine.close)
@@ -117,6 +120,7 @@ def build_model(
     attention: AttentionBackend,
     recompute: Recompute,
     device: torch.device,
+    kernels: Kernels = PLAIN,
 ) -> GPT:
     """Make the model, in fp32, with empty weights: without any memory on the device "meta"."""
     with device:
@@ -127,6 +131,7 @@ def build_model(
             attention=attention,
             sequence_parallel=config.parallel.sequence_parallel,
             recompute_policy=recompute.policies[groups.pipeline.rank],
+            kernels=kernels,
         )
     return model
 
@@ -329,9 +334,7 @@ def _build_checkpoints(config: RunConfig, place: Place) -> CheckpointWriter | No
     )
 
 
-def _describe(
-    config: RunConfig, plan: Plan, place: Place, model: GPT, attention: str, recompute: Recompute
-) -> Iterator[str]:
+def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, choices: Sequence[str | None]) -> Iterator[str]:
     """Say once, at the start, what was chosen."""
     size = sum(math.prod(sharding.logical_shape) for sharding in describe_sharding(model).values())
     training = config.training
@@ -343,9 +346,7 @@ def _describe(
         shards = ", sequence_parallel" if config.parallel.sequence_parallel else ""
         yield f" layout: {', '.join(layout)}{shards}"
     yield from place.rank_table
-    yield f" attention: {attention}"
-    if sentence := recompute.describe():
-        yield sentence
+    yield from filter(None, choices)
     if config.parallel.stage_blocks is not None:
         yield describe_pipeline(config.parallel.stage_blocks, training.global_batch_size // plan.samples_per_micro_step)
     if plan.total_samples is not None:
