@@ -39,7 +39,7 @@ SMALL_BUCKETS: dict[str, Any] = {"zero_reduce_bucket_size": 5000, "zero_allgathe
 TOLD = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_key_value_heads", "kv_channels"),
     *("pipeline_partition", "seq_length", "vocab_size", "micro_batch_size", "global_batch_size", "loss_scale"),
-    *("attention_dropout", "hidden_dropout", "adam_eps"),
+    *("attention_window", "attention_dropout", "hidden_dropout", "adam_eps"),
 )
 """Fields whose change a reader of the comparison wants to know."""
 
@@ -201,6 +201,7 @@ def _small_model(model: ModelConfig, parallel: ParallelConfig, seq_length: int) 
         ffn_hidden_size=tensor * max(round(hidden * model.ffn_hidden_size / model.hidden_size / tensor), 4),
         max_position_embeddings=2 * length if longer else length,
         make_vocab_size_divisible_by=divisor,
+        attention_window=-(-model.attention_window * length // seq_length),
         init_method_std=INIT_STD,
         attention_dropout=0.0,
         hidden_dropout=0.0,

@@ -122,6 +122,13 @@ def test_the_smallest_world_shows_every_axis_and_two_ranks_to_zero(flags, ranks)
     assert smallest_world(config.parallel, config.engine.zero_stage) == ranks
 
 
+def test_a_window_keeps_its_share_of_the_sequence():
+    _, small, _ = small_of("--attention-window 1024")
+    assert (small.model.attention_window, small.data.seq_length) == (8, 32)
+    _, small, _ = small_of("")
+    assert small.model.attention_window == 0
+
+
 def test_what_flags_own_leaves_the_deepspeed_dictionary():
     user = {
         "train_batch_size": 512,
