@@ -1,11 +1,11 @@
-"""Which implementation computes an operation, and which activations are recomputed."""
+"""Which implementation computes an operation, and which activations are kept or recomputed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron.config.flags import at_least, flag
+from megatron.config.flags import NOT_NEGATIVE, at_least, flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,12 @@ class KernelsConfig:
         "auto",
         choices=("auto", "unfused", "sdpa"),
         help="implementation of attention; auto takes the fastest that can honour the request and says why",
+    )
+    loss_chunk_size: int = flag(
+        0,
+        range=NOT_NEGATIVE,
+        help="tokens whose logits exist at a time: the output head and the loss are computed as one, a chunk after the "
+        "other; 0: all logits at once",
     )
     recompute_granularity: str = flag(
         "none",

@@ -6,6 +6,8 @@ Legend: s sequence, b micro-batch, h hidden, v padded vocabulary, t tensor ranks
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, is_grad_enabled, nn
 
@@ -17,7 +19,7 @@ from megatron.model.block import Block
 from megatron.model.context import Context, KeyValueCache
 from megatron.model.embedding import Positions, WordEmbedding
 from megatron.model.head import OutputHead, TiedOutputHead
-from megatron.model.loss import masked_loss
+from megatron.model.loss import chunked_masked_loss, masked_loss
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
 from megatron.parallel.groups import ParallelGroups
@@ -44,6 +46,7 @@ class GPT(nn.Module):
             tensor ranks must then divide the length of the sequence.
         recompute_granularity: "none", or "full": backward computes blocks again instead of keeping their activations.
         recompute_num_layers: blocks that are kept or computed again as one unit.
+        loss_chunk_size: tokens whose logits exist at a time where the loss is computed; 0: all of them.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class GPT(nn.Module):
         sequence_parallel: bool = False,
         recompute_granularity: str = "none",
         recompute_num_layers: int = 1,
+        loss_chunk_size: int = 0,
     ) -> None:
         super().__init__()
         self.config = config
@@ -65,6 +69,7 @@ class GPT(nn.Module):
         self.attention = attention
         self.sequence_parallel = sequence_parallel
         self.recompute_unit = recompute_num_layers if recompute_granularity == "full" else 0
+        self.loss_chunk_size = loss_chunk_size
         self.tied_modules = nn.ModuleDict()
         self._stage_names: list[str] = []
         for index, stage in enumerate(self._build_stages()):
@@ -129,8 +134,9 @@ class GPT(nn.Module):
             AttentionUnavailableError: a mask or a cache is given and the attention backend does not honour it.
         """
         context = self.context(tokens, position_ids, attention_mask, cache)
-        logits = self.run(tokens, context)
-        return logits if labels is None else self.loss(logits, labels, loss_mask)
+        if labels is None:
+            return self.run(tokens, context)
+        return self.run_to_loss(tokens, context, range(len(self._stage_names)), labels, loss_mask)
 
     def context(
         self,
@@ -155,6 +161,26 @@ class GPT(nn.Module):
     def loss(self, logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) -> Tensor:
         """Sum the token losses of logits [s, b, v/t]; labels and mask are those of `forward`."""
         return masked_loss(logits, labels, loss_mask, vocab_size=self.vocab_size, group=self.groups.tensor)
+
+    def run_to_loss(
+        self, x: Tensor, context: Context, part: range, labels: Tensor, loss_mask: Tensor | None = None
+    ) -> Tensor:
+        """Fold the stages of `part`, which ends with the head, over `x`, and sum the token losses.
+
+        `x` and `context` are those of `run_part`, labels and mask those of `forward`.
+        """
+        if not self.loss_chunk_size:
+            return self.loss(self.run_part(x, context, part), labels, loss_mask)
+        head_loss = partial(
+            chunked_masked_loss,
+            labels_bs=labels,
+            loss_mask_bs=loss_mask,
+            vocab_size=self.vocab_size,
+            group=self.groups.tensor,
+            chunk_size=self.loss_chunk_size,
+            sequence_parallel=self.sequence_parallel,
+        )
+        return self.run_part(x, replace(context, head_loss=head_loss), part)
 
     def run(self, tokens: Tensor, context: Context) -> Tensor:
         """Fold all stages over [b, s] tokens; returns the logits [s, b, v/t]."""

@@ -130,6 +130,7 @@ def build_model(
             sequence_parallel=config.parallel.sequence_parallel,
             recompute_granularity=config.kernels.recompute_granularity,
             recompute_num_layers=config.kernels.recompute_num_layers,
+            loss_chunk_size=config.kernels.loss_chunk_size,
         )
     return model
 

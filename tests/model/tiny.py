@@ -50,6 +50,7 @@ def tiny_gpt(
     groups: ParallelGroups | None = None,
     recompute_granularity: str = "none",
     recompute_num_layers: int = 1,
+    loss_chunk_size: int = 0,
     **changes: Any,
 ) -> GPT:
     config = tiny_config(**changes)
@@ -60,6 +61,7 @@ def tiny_gpt(
         attention=backend_called(backend),
         recompute_granularity=recompute_granularity,
         recompute_num_layers=recompute_num_layers,
+        loss_chunk_size=loss_chunk_size,
     )
     initialize_parameters(model, seed, config.init_method_std, config.num_layers)
     return model
