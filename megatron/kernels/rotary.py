@@ -1,12 +1,31 @@
-"""Rotation of query and key channels by position, in plain torch (Su et al. 2021, "RoFormer").
+"""Rotation of query and key channels by position (Su et al. 2021, "RoFormer"): in plain torch, and fused.
 
-Legend: s sequence, b batch, n heads, d head size, r <= d rotated channels (the first ones), p rows of the tables.
+Legend: s sequence, b batch, n heads, d head size, r <= d rotated channels (the first ones), p rows of the tables; k
+key/value heads, g = n / k query heads of each.
+
+| plain torch                           | fused          |
+|---------------------------------------|----------------|
+| `apply_rotary`                        | `fused_rotary` |
+| `split_heads`, `apply_rotary` on two  | `fused_split`  |
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from megatron.kernels.build import load_kernel
+from megatron.kernels.operator import (
+    DTYPE_CODES,
+    address,
+    define_gradient,
+    define_operator,
+    falls_back,
+    place,
+    why_not_computed,
+)
 
 
 def apply_rotary(
@@ -42,3 +61,255 @@ def apply_rotary(
     pair = (first * cos - second * sin, second * cos + first * sin)
     rotated = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
     return rotated.to(x_sbnd.dtype)
+
+
+def split_heads(product_sbc: Tensor, groups: int, head_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut a product [s, b, k (g + 2) d] whose groups are [query heads; key; value] each.
+
+    Returns:
+        query [s, b, n, d], key and value [s, b, k, d], as views.
+    """
+    heads = product_sbc.unflatten(-1, (groups, -1, head_size))
+    query, key, value = heads.split([heads.shape[3] - 2, 1, 1], dim=3)
+    return query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
+
+
+def fused_rotary(
+    x_sbnd: Tensor,
+    cos_pr: Tensor,
+    sin_pr: Tensor,
+    *,
+    interleaved: bool = False,
+    position_ids_bs: Tensor | None = None,
+) -> Tensor:
+    """Compute `apply_rotary` in one pass, whatever the strides of the heads; backward is the inverse rotation."""
+    if falls_back("rotary embedding", _why_not(x_sbnd, cos_pr)):
+        return apply_rotary(x_sbnd, cos_pr, sin_pr, interleaved=interleaved, position_ids_bs=position_ids_bs)
+    rotated: Tensor = _rotate(x_sbnd, cos_pr, sin_pr, position_ids_bs, interleaved, False)
+    return rotated
+
+
+def fused_split(
+    product_sbc: Tensor,
+    cos_pr: Tensor,
+    sin_pr: Tensor,
+    *,
+    groups: int,
+    head_size: int,
+    interleaved: bool = False,
+    position_ids_bs: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut the product of queries, keys and values as `split_heads` does and rotate the first two, in one pass.
+
+    The results are contiguous and nothing holds on to the product. Backward rotates the three gradients back into one
+    tensor, in one pass as well.
+    """
+    if falls_back("rotary embedding", _why_not(product_sbc, cos_pr)):
+        query, key, value = split_heads(product_sbc, groups, head_size)
+        query, key = (
+            apply_rotary(x, cos_pr, sin_pr, interleaved=interleaved, position_ids_bs=position_ids_bs)
+            for x in (query, key)
+        )
+        return query, key, value
+    parts: tuple[Tensor, Tensor, Tensor] = _split(
+        product_sbc, cos_pr, sin_pr, position_ids_bs, groups, head_size, interleaved
+    )
+    return parts
+
+
+def _why_not(x: Tensor, table: Tensor) -> str | None:
+    if table.dtype != torch.float32:
+        return "the tables are not fp32"
+    return why_not_computed(x.dtype)
+
+
+Heads = tuple[Tensor, Tensor, bool]
+"""Heads to read and to write, [s, b, n, d] or [s, b, k, g, d] each, and whether they are rotated or copied."""
+
+
+def _launch(
+    segments: tuple[Heads, ...], tables: tuple[Tensor, Tensor], ids_bs: Tensor | None, interleaved: bool, inverse: bool
+) -> None:
+    """Rotate or copy heads of any strides but the last dim's."""
+    x, (cosine, sine) = segments[0][0], (table.contiguous() for table in tables)
+    ids_bs = None if ids_bs is None else ids_bs.long().contiguous()
+    if ids_bs is None and cosine.shape[0] < x.shape[0]:
+        raise ValueError(f"rotary tables of {cosine.shape[0]} positions are too short for {x.shape[0]} tokens")
+    load_kernel("rotary").rotate(
+        tuple(_segment(*heads) for heads in segments),
+        address(cosine),
+        address(sine),
+        address(ids_bs),
+        x.shape[0],
+        x.shape[1],
+        x.shape[-1],
+        2 * cosine.shape[-1],
+        interleaved,
+        -1.0 if inverse else 1.0,
+        DTYPE_CODES[x.dtype],
+        *place(x),
+    )
+
+
+def _segment(x: Tensor, to: Tensor, is_rotated: bool) -> tuple[Any, ...]:
+    per_group = next((heads.shape[3] for heads in (x, to) if heads.dim() == 5), 1)
+    return _layout(x, per_group), _layout(to, per_group), x.shape[2:-1].numel(), per_group, is_rotated
+
+
+def _layout(x: Tensor, per_group: int) -> tuple[int, int, int, int, int]:
+    """Address and strides of sequence, batch, group and head."""
+    group, head = (x.stride(2), x.stride(3)) if x.dim() == 5 else (per_group * x.stride(2), x.stride(2))
+    return address(x), x.stride(0), x.stride(1), group, head
+
+
+def _with_channels_together(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _rotate_cuda(
+    x_sbnd: Tensor, cosine: Tensor, sine: Tensor, ids_bs: Tensor | None, interleaved: bool, inverse: bool
+) -> Tensor:
+    x_sbnd = _with_channels_together(x_sbnd)
+    rotated = x_sbnd.new_empty(x_sbnd.shape)
+    _launch(((x_sbnd, rotated, True),), (cosine, sine), ids_bs, interleaved, inverse)
+    return rotated
+
+
+def _rotate_cpu(
+    x_sbnd: Tensor, cosine: Tensor, sine: Tensor, ids_bs: Tensor | None, interleaved: bool, inverse: bool
+) -> Tensor:
+    sine = -sine if inverse else sine
+    rotated = apply_rotary(x_sbnd, cosine, sine, interleaved=interleaved, position_ids_bs=ids_bs)
+    return rotated.contiguous()
+
+
+def _rotate_fake(
+    x_sbnd: Tensor, cosine: Tensor, sine: Tensor, ids_bs: Tensor | None, interleaved: bool, inverse: bool
+) -> Tensor:
+    return x_sbnd.new_empty(x_sbnd.shape)
+
+
+Parts = tuple[Tensor, Tensor, Tensor]
+
+
+def _empty_parts(product_sbc: Tensor, groups: int, head_size: int) -> Parts:
+    s, b, channels = product_sbc.shape
+    heads = channels // head_size - 2 * groups
+    query, key, value = (product_sbc.new_empty((s, b, n, head_size)) for n in (heads, groups, groups))
+    return query, key, value
+
+
+def _split_cuda(
+    product_sbc: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    ids_bs: Tensor | None,
+    groups: int,
+    head_size: int,
+    interleaved: bool,
+) -> Parts:
+    product_sbc = _with_channels_together(product_sbc)
+    query, key, value = _empty_parts(product_sbc, groups, head_size)
+    heads = product_sbc.unflatten(-1, (groups, -1, head_size))
+    segments = ((heads[..., :-2, :], query, True), (heads[..., -2, :], key, True), (heads[..., -1, :], value, False))
+    _launch(segments, (cosine, sine), ids_bs, interleaved, False)
+    return query, key, value
+
+
+def _split_cpu(
+    product_sbc: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    ids_bs: Tensor | None,
+    groups: int,
+    head_size: int,
+    interleaved: bool,
+) -> Parts:
+    query, key, value = split_heads(product_sbc, groups, head_size)
+    query, key = (_rotate_cpu(x, cosine, sine, ids_bs, interleaved, False) for x in (query, key))
+    return query, key, value.clone(memory_format=torch.contiguous_format)
+
+
+def _split_fake(
+    product_sbc: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    ids_bs: Tensor | None,
+    groups: int,
+    head_size: int,
+    interleaved: bool,
+) -> Parts:
+    return _empty_parts(product_sbc, groups, head_size)
+
+
+def _join_cuda(
+    query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, ids_bs: Tensor | None, interleaved: bool
+) -> Tensor:
+    query, key, value = (_with_channels_together(x) for x in (query, key, value))
+    product = _join_fake(query, key, value, cosine, sine, ids_bs, interleaved)
+    heads = product.unflatten(-1, (key.shape[2], -1, key.shape[3]))
+    segments = ((query, heads[..., :-2, :], True), (key, heads[..., -2, :], True), (value, heads[..., -1, :], False))
+    _launch(segments, (cosine, sine), ids_bs, interleaved, True)
+    return product
+
+
+def _join_cpu(
+    query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, ids_bs: Tensor | None, interleaved: bool
+) -> Tensor:
+    query, key = (_rotate_cpu(x, cosine, sine, ids_bs, interleaved, True) for x in (query, key))
+    groups = query.unflatten(2, (key.shape[2], -1))
+    return torch.cat((groups, key.unsqueeze(3), value.unsqueeze(3)), dim=3).flatten(2)
+
+
+def _join_fake(
+    query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, ids_bs: Tensor | None, interleaved: bool
+) -> Tensor:
+    s, b, heads, head_size = query.shape
+    return query.new_empty((s, b, (heads + 2 * key.shape[2]) * head_size))
+
+
+_rotate = define_operator(
+    "rotate(Tensor x, Tensor cosine, Tensor sine, Tensor? position_ids, bool interleaved, bool inverse) -> Tensor",
+    cuda=_rotate_cuda,
+    cpu=_rotate_cpu,
+    fake=_rotate_fake,
+)
+_split = define_operator(
+    "split_rotated(Tensor product, Tensor cosine, Tensor sine, Tensor? position_ids, int groups, int head_size,"
+    " bool interleaved) -> (Tensor, Tensor, Tensor)",
+    cuda=_split_cuda,
+    cpu=_split_cpu,
+    fake=_split_fake,
+)
+_join = define_operator(
+    "join_rotated(Tensor query, Tensor key, Tensor value, Tensor cosine, Tensor sine, Tensor? position_ids,"
+    " bool interleaved) -> Tensor",
+    cuda=_join_cuda,
+    cpu=_join_cpu,
+    fake=_join_fake,
+)
+
+
+def _keep_tables(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, cosine, sine, ids_bs, *rest = inputs
+    ctx.save_for_backward(cosine, sine, ids_bs)
+    ctx.rest = rest
+    ctx.shapes = [x.shape for x in output] if isinstance(output, tuple) else []
+
+
+def _rotate_gradient(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    interleaved, inverse = ctx.rest
+    grad_x = None if grad is None else _rotate(grad, *ctx.saved_tensors, interleaved, not inverse)
+    return grad_x, None, None, None, None, None
+
+
+def _split_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    some = next((grad for grad in grads if grad is not None), None)
+    if some is None:
+        return (None,) * 7
+    whole = [some.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, ctx.shapes, strict=True)]
+    return _join(*whole, *ctx.saved_tensors, ctx.rest[-1]), None, None, None, None, None, None
+
+
+define_gradient(_rotate, _rotate_gradient, _keep_tables)
+define_gradient(_split, _split_gradient, _keep_tables)

@@ -1,0 +1,24 @@
+// Cross entropy over this rank's columns of a vocabulary: what forward must know of them in one pass, and the gradient.
+#pragma once
+
+#include <cstdint>
+
+#include "../include/launch.cuh"
+
+namespace megatron {
+
+// Rows of `logits` are `row_stride` elements apart; the columns from `num_tokens` to `columns` are padding.
+struct CrossEntropy {
+  std::uintptr_t logits;
+  std::uintptr_t label_columns;  // int64 [rows]; outside of 0 .. num_tokens - 1: the label is not here
+  std::uintptr_t statistics;     // forward, fp32 [3, rows]: highest logit, sum of exp(logit - highest), label's logit
+  std::uintptr_t log_sum, scale; // backward, fp32 [rows]
+  std::uintptr_t grad;           // backward, may be `logits`; rows are `columns` apart unless it is
+  std::int64_t rows, row_stride, grad_stride;
+  int columns, num_tokens;
+};
+
+void cross_entropy_statistics(const CrossEntropy& call, int type, const Place& place);
+void cross_entropy_gradient(const CrossEntropy& call, int type, const Place& place);
+
+}  // namespace megatron

@@ -1,0 +1,67 @@
+// How kernels are launched: on the caller's stream and device, with every error turned into an exception.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace megatron {
+
+// Where a launch goes. Both values are those of the framework that owns the memory.
+struct Place {
+  int device;
+  std::uintptr_t stream;
+};
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + " failed on the GPU: " + cudaGetErrorString(status));
+  }
+}
+
+// Makes a device current and puts the former one back.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&former_), "asking for the current device");
+    changed_ = former_ != device;
+    if (changed_) check(cudaSetDevice(device), "choosing the device");
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(former_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int former_ = 0;
+  bool changed_ = false;
+};
+
+inline int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), "asking for a property of the device");
+  return value;
+}
+
+inline int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+
+#ifdef __CUDACC__
+template <typename... Parameters, typename... Arguments>
+void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
+            const Place& place, Arguments... arguments) {
+  constexpr std::size_t kWithoutAsking = 48 * 1024;
+  if (shared_bytes > kWithoutAsking) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+          what);
+  }
+  kernel<<<grid, block, shared_bytes, reinterpret_cast<cudaStream_t>(place.stream)>>>(arguments...);
+  check(cudaGetLastError(), what);
+}
+#endif
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace megatron

@@ -1,0 +1,87 @@
+"""What every fused operation shares: its registration with torch, and how a tensor crosses into a compiled kernel.
+
+An operation is a `torch.library` operator, so that `torch.compile` keeps it whole and autograd knows its gradient. Its
+CUDA implementation calls a kernel of `csrc`; the one for the CPU writes the same formula out in torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "megatron"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Those that kernels compute with, by their numbers in `csrc/include/vector.cuh`."""
+
+
+def define_operator(
+    schema: str, *, cuda: Callable[..., Any], cpu: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register an operator of namespace `megatron` and return it.
+
+    Args:
+        schema: name, arguments and results, in torch's notation.
+        cuda: implementation by a compiled kernel.
+        cpu: implementation in torch.
+        fake: makes empty results of the right shapes, dtypes and strides.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, cuda, "CUDA")
+    LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    operator: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
+    return operator
+
+
+def define_gradient(
+    operator: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> None:
+    """Tell autograd the gradient of an operator; results that got none are handed to `backward` as None."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, output)
+
+    torch.library.register_autograd(operator, backward, setup_context=setup, lib=LIBRARY)  # type: ignore[arg-type]
+
+
+def address(tensor: Tensor | None) -> int:
+    """Address of a tensor's first element; 0 of none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def place(tensor: Tensor) -> tuple[int, int]:
+    """Device and stream on which a kernel that reads `tensor` is launched."""
+    if tensor.device.type != "cuda":
+        return 0, 0
+    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def why_not_computed(*dtypes: torch.dtype) -> str | None:
+    """Say why kernels do not compute with tensors of such dtypes; None when they do."""
+    foreign = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes if dtype not in DTYPE_CODES})
+    return f"{' and '.join(foreign)} is not a type of the kernels" if foreign else None
+
+
+def falls_back(operation: str, reason: str | None) -> bool:
+    """Whether an operation is left to plain torch, which is said once for each reason."""
+    if reason is None:
+        return False
+    if not torch.compiler.is_compiling():
+        _say(operation, reason)
+    return True
+
+
+@functools.cache
+def _say(operation: str, reason: str) -> None:
+    log.warning("%s: computed by plain torch where %s", operation, reason)

@@ -1,0 +1,199 @@
+// Runs CUDA kernels on the CPU, thread by thread: each is a fiber that yields where it waits for others. Slow, but the
+// sources of the kernels are tested as they are, out-of-bounds accesses and missing barriers included.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#undef __shared__
+#define __shared__ static
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+
+namespace emulated {
+
+constexpr int kWarpSize = 32;
+constexpr int kStackBytes = 96 * 1024;
+constexpr int kBarriers = 16;
+
+struct Barrier {
+  int arrived = 0;
+  long long generation = 0;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  uint3 index;
+  int linear;
+  bool is_done;
+};
+
+inline uint3 thread, block;
+inline dim3 block_size, grid_size;
+inline std::vector<Fiber> fibers;
+inline std::vector<Barrier> barriers(kBarriers), warp_barriers;
+inline std::vector<float> exchanged;
+inline std::vector<char> dynamic;
+inline ucontext_t scheduler;
+inline Fiber* running;
+inline int alive;
+inline bool has_moved;  // whether anything but waiting happened in this round
+inline std::function<void()> body;
+
+inline void yield_now() {
+  Fiber* self = running;
+  swapcontext(&self->context, &scheduler);
+  thread = self->index;
+}
+
+inline int alive_in_warp(int warp) {
+  int count = 0;
+  for (int i = warp * kWarpSize; i < std::min<int>((warp + 1) * kWarpSize, fibers.size()); ++i) count += !fibers[i].is_done;
+  return count;
+}
+
+template <typename Expected>
+void arrive(Barrier& barrier, Expected expected) {
+  const long long generation = barrier.generation;
+  ++barrier.arrived;
+  has_moved = true;
+  while (barrier.generation == generation) {
+    if (barrier.arrived >= expected()) {
+      barrier.arrived = 0;
+      ++barrier.generation;
+      has_moved = true;
+    } else {
+      yield_now();
+    }
+  }
+}
+
+inline void wait_for_warp() {
+  const int warp = running->linear / kWarpSize;
+  arrive(warp_barriers[warp], [warp] { return alive_in_warp(warp); });
+}
+
+inline float shuffle_xor(float value, int step) {
+  const int linear = running->linear;
+  exchanged[linear] = value;
+  wait_for_warp();
+  const float other = exchanged[linear ^ step];
+  wait_for_warp();
+  return other;
+}
+
+inline void enter() {
+  body();
+  running->is_done = true;
+  --alive;
+  has_moved = true;
+  swapcontext(&running->context, &scheduler);
+}
+
+inline void start_block() {
+  const int count = block_size.x * block_size.y * block_size.z;
+  fibers.resize(count);
+  exchanged.assign(count + kWarpSize, 0.0f);
+  warp_barriers.assign((count + kWarpSize - 1) / kWarpSize, Barrier{});
+  barriers.assign(kBarriers, Barrier{});
+  alive = count;
+  for (int i = 0; i < count; ++i) {
+    Fiber& fiber = fibers[i];
+    if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStackBytes);
+    fiber.index = {i % block_size.x, i / block_size.x % block_size.y, i / (block_size.x * block_size.y)};
+    fiber.linear = i;
+    fiber.is_done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, reinterpret_cast<void (*)()>(enter), 0);
+  }
+}
+
+inline void run_block() {
+  start_block();
+  while (alive > 0) {
+    has_moved = false;
+    for (Fiber& fiber : fibers) {
+      if (fiber.is_done) continue;
+      running = &fiber;
+      thread = fiber.index;
+      swapcontext(&scheduler, &fiber.context);
+    }
+    if (!has_moved) throw std::runtime_error("the threads of a block wait for each other for ever");
+  }
+}
+
+}  // namespace emulated
+
+#define threadIdx (emulated::thread)
+#define blockIdx (emulated::block)
+#define blockDim (emulated::block_size)
+#define gridDim (emulated::grid_size)
+
+inline float __shfl_xor_sync(unsigned, float value, int step) { return emulated::shuffle_xor(value, step); }
+inline void __syncthreads() {
+  emulated::arrive(emulated::barriers[0], [] { return emulated::alive; });
+}
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+using std::isnan;
+using std::max;
+using std::min;
+
+extern "C" {
+__attribute__((weak)) cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+__attribute__((weak)) cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+__attribute__((weak)) cudaError_t cudaGetLastError() { return cudaSuccess; }
+__attribute__((weak)) const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+__attribute__((weak)) cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = 3, cudaSuccess;  // multiprocessors: few, so that blocks take several turns
+}
+}
+
+namespace megatron {
+
+inline void wait_for_group(int barrier, int threads) {
+  emulated::arrive(emulated::barriers[barrier], [threads] { return threads; });
+}
+
+template <typename T>
+T* dynamic_shared() {
+  return reinterpret_cast<T*>(emulated::dynamic.data());
+}
+
+struct Place;
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, const Place&,
+            Arguments... arguments) {
+  emulated::grid_size = grid;
+  emulated::block_size = block;
+  emulated::dynamic.assign(shared_bytes, '\x7f');
+  emulated::body = [=] { kernel(arguments...); };
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      emulated::block = {x, y, 0};
+      emulated::run_block();
+    }
+  }
+}
+
+}  // namespace megatron

@@ -1,0 +1,110 @@
+"""The fused norm, forward and backward, with and without the residual sum."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from megatron.kernels import norm
+from tests.kernels.fused import DEVICES, check_against_fp64, kernels_on
+
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16),
+]
+
+
+def draw(shape, dtype, device, seed, scale=1.0, shift=0.0):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return (scale * values + shift).to(device, dtype)
+
+
+def check(device, rows, columns, x_dtype, w_dtype, *, centred, added, offset=0.0, biased=True):
+    x, delta = draw((rows, 1, columns), x_dtype, device, 1, 2.0, 0.5), draw((rows, 1, columns), w_dtype, device, 2)
+    weight, bias = draw((columns,), w_dtype, device, 3, 0.3, 1 - offset), draw((columns,), w_dtype, device, 4, 0.3)
+    inputs = [x, delta, weight] if added else [x, weight]
+    if centred and biased:
+        inputs.append(bias)
+    grads = [draw((rows, 1, columns), torch.float32, device, 5 + i) for i in range(1 + added)]
+    given = {"epsilon": 1e-5, "weight_offset": offset, "centred": centred}
+
+    def call(function, *tensors):
+        return function(*tensors, *([None] if not (centred and biased) else []), **given)
+
+    def in_fp32_where_mixed(function, *tensors):
+        """Plain torch has no norm of an fp32 stream with half weights that fp64 inputs could pass through."""
+        return call(function, *tensors)
+
+    fused, plain = (norm.fused_add_norm, norm.add_norm) if added else (norm.fused_norm, norm.norm)
+    with kernels_on(device):
+        check_against_fp64(functools.partial(call, fused), functools.partial(in_fp32_where_mixed, plain), inputs, grads)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize(("x_dtype", "w_dtype"), DTYPES)
+@pytest.mark.parametrize("columns", [8, 36, 256, 264, 600])
+def test_norm_and_its_gradients_are_as_exact_as_plain_torch(device, columns, x_dtype, w_dtype, centred, added):
+    check(device, 7, columns, x_dtype, w_dtype, centred=centred, added=added)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("columns", [1, 3, 31, 2048, 8200, 16383, 16384])
+def test_rows_of_any_length_to_16k(device, columns):
+    check(device, 3, columns, torch.bfloat16, torch.bfloat16, centred=True, added=True)
+    check(device, 3, columns, torch.float32, torch.float32, centred=False, added=False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_stored_minus_one_and_norms_without_a_bias(device):
+    check(device, 5, 64, torch.float32, torch.float32, centred=True, added=True, offset=1.0, biased=False)
+
+
+@pytest.mark.gpu
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 700), columns=st.integers(1, 5000), centred=st.booleans(), added=st.booleans())
+def test_norm_of_any_shape(rows, columns, centred, added):
+    check("cuda", rows, columns, torch.bfloat16, torch.bfloat16, centred=centred, added=added)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_rows_give_no_rows_and_zero_gradients(device):
+    x = torch.empty(0, 2, 64, device=device, requires_grad=True)
+    weight, bias = (torch.ones(64, device=device, requires_grad=True) for _ in range(2))
+    with kernels_on(device):
+        normed = norm.fused_norm(x, weight, bias, 1e-5)
+        normed.sum().backward()
+    assert normed.shape == x.grad.shape == x.shape
+    assert not weight.grad.any()
+    assert not bias.grad.any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strided_rows_and_a_large_mean(device):
+    x = (1000 + torch.randn(6, 4, 2, 64, generator=torch.Generator().manual_seed(0))).to(device)[:, :, 1]
+    weight = torch.ones(64, device=device)
+    with kernels_on(device):
+        check_against_fp64(
+            lambda x, w: norm.fused_norm(x, w, None, 1e-5), lambda x, w: norm.norm(x, w, None, 1e-5), [x, weight], [x]
+        )
+
+
+def test_operators_keep_what_they_promise_torch():
+    x, delta = torch.randn(3, 2, 16, requires_grad=True), torch.randn(3, 2, 16)
+    weight, bias = torch.randn(16, requires_grad=True), torch.randn(16, requires_grad=True)
+    for centred in (True, False):
+        opcheck(norm._norm, (x, weight, bias if centred else None, 1e-5, 0.0, centred))
+        opcheck(norm._add_norm, (x, delta, weight, bias if centred else None, 1e-5, 1.0, centred))
+
+
+def test_a_dtype_that_kernels_lack_is_left_to_plain_torch_with_a_word(caplog):
+    x = torch.randn(3, 8, dtype=torch.float64)
+    weight = torch.ones(8, dtype=torch.float64)
+    assert torch.equal(norm.fused_norm(x, weight, None, 1e-5), norm.norm(x, weight, None, 1e-5))
+    assert "float64 is not a type of the kernels" in caplog.text

@@ -1,0 +1,283 @@
+"""Fused activations, rotation, cross entropy and dropout, forward and backward."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from megatron.kernels import activation, cross_entropy, dropout, rotary
+from megatron.kernels.activation import ACTIVATIONS, FUSED_ACTIVATIONS, GATED
+from megatron.kernels.cross_entropy import FusedSoftmax
+from tests.kernels.fused import DEVICES, check_against_fp64, gradients, kernels_on, relative_error
+
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def draw(shape, dtype=torch.float32, device="cpu", seed=0, scale=1.0):
+    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(device, dtype)
+
+
+# ---- activations
+
+
+def check_activation(device, name, rows, columns, dtype, *, biased, scale=2.0):
+    width = columns * (2 if name in GATED else 1)
+    inputs = [draw((rows, 2, width), dtype, device, 1, scale)]
+    if biased:
+        inputs.append(draw((width,), dtype, device, 2))
+    with kernels_on(device):
+        grad = draw((rows, 2, columns), dtype, device, 3)
+        check_against_fp64(FUSED_ACTIVATIONS[name], ACTIVATIONS[name], inputs, [grad])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_and_its_gradients_are_as_exact_as_plain_torch(name, biased, dtype, device):
+    check_activation(device, name, 21, 264, dtype, biased=biased)
+    check_activation(device, name, 5, 7, dtype, biased=biased)
+
+
+@pytest.mark.gpu
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 900), columns=st.integers(1, 3000), name=st.sampled_from(sorted(ACTIVATIONS)))
+def test_activation_of_any_shape(rows, columns, name):
+    check_activation("cuda", name, rows, columns, torch.bfloat16, biased=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_of_tiny_and_huge_numbers_is_finite(name, device):
+    x = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0, 1e4, -1e4] * 16, device=device).bfloat16()
+    with kernels_on(device):
+        actual, grad = gradients(FUSED_ACTIVATIONS[name], [x.view(2, 64)], [torch.ones(2, 64, device=device)[:, :32]
+            if name in GATED else torch.ones(2, 64, device=device)])
+    expected, _ = gradients(ACTIVATIONS[name], [x.view(2, 64).double()], [torch.ones_like(actual)])
+    assert grad.isfinite().all()
+    torch.testing.assert_close(actual.double(), expected, rtol=8e-3, atol=1e-30)
+
+
+def test_activation_operators_keep_what_they_promise_torch():
+    for name in ACTIVATIONS:
+        x, bias = draw((3, 2, 16)).requires_grad_(), draw((16,)).requires_grad_()
+        opcheck(activation._activation, (x, bias, name))
+        opcheck(activation._activation, (x, None, name))
+
+
+# ---- rotation
+
+
+def tables(positions, pairs, device):
+    angles = torch.outer(torch.arange(positions).float(), torch.linspace(1, 0.01, pairs))
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("size", "pairs"), [(32, 16), (64, 16), (12, 3), (10, 5)])
+@pytest.mark.parametrize("with_ids", [False, True])
+def test_rotation_of_strided_heads_is_as_exact_as_plain_torch(size, pairs, with_ids, interleaved, dtype, device):
+    cos, sin = tables(11, pairs, device)
+    ids = torch.randint(11, (2, 7), generator=torch.Generator().manual_seed(0)).to(device) if with_ids else None
+    heads = draw((7, 2, 5, 3, size), dtype, device)
+    given = {"interleaved": interleaved, "position_ids_bs": ids}
+
+    def call(function, x):
+        return function(x[..., 1, :], cos, sin, **given)
+
+    with kernels_on(device):
+        check_against_fp64(
+            functools.partial(call, rotary.fused_rotary),
+            functools.partial(call, rotary.apply_rotary),
+            [heads],
+            [draw((7, 2, 5, size), dtype, device, 1)],
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("groups", "heads"), [(4, 1), (2, 3), (1, 4)])
+@pytest.mark.parametrize(("size", "pairs", "interleaved"), [(32, 16, False), (64, 16, True), (6, 2, False)])
+def test_split_of_the_product_rotates_queries_and_keys(groups, heads, size, pairs, interleaved, dtype, device):
+    cos, sin = tables(9, pairs, device)
+    product = draw((9, 2, groups * (heads + 2) * size), dtype, device)
+
+    def plain(product):
+        query, key, value = rotary.split_heads(product, groups, size)
+        turn = functools.partial(rotary.apply_rotary, cos_pr=cos, sin_pr=sin, interleaved=interleaved)
+        return turn(query), turn(key), value
+
+    def fused(product):
+        return rotary.fused_split(product, cos, sin, groups=groups, head_size=size, interleaved=interleaved)
+
+    grads = [draw((2, n, 9, size), dtype, device, 1 + i).permute(2, 0, 1, 3) for i, n in enumerate(
+        (groups * heads, groups, groups))]
+    with kernels_on(device):
+        check_against_fp64(fused, plain, [product], grads)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_inverse_rotation_undoes_a_rotation(device):
+    cos, sin = tables(8, 8, device)
+    x = draw((8, 2, 3, 16), device=device)
+    with kernels_on(device):
+        there = rotary._rotate(x, cos, sin, None, False, False)
+        torch.testing.assert_close(rotary._rotate(there, cos, sin, None, False, True), x)
+
+
+def test_rotation_operators_keep_what_they_promise_torch():
+    cos, sin = tables(9, 8, "cpu")
+    opcheck(rotary._rotate, (draw((9, 2, 3, 16)).requires_grad_(), cos, sin, None, True, False))
+    opcheck(rotary._split, (draw((9, 2, 2 * 5 * 16)).requires_grad_(), cos, sin, None, 2, 16, False))
+
+
+# ---- cross entropy
+
+
+def loss_and_gradient(logits, labels, weight, num_tokens):
+    softmax = FusedSoftmax()
+    assert softmax.serves(logits)
+    rows = logits.clone(memory_format=torch.preserve_format)
+    highest, exp_sum, label_logit = softmax.statistics(rows, labels, num_tokens)
+    log_sum = highest + exp_sum.log()
+    loss = log_sum - label_logit
+    return loss, softmax.gradient(rows, labels, log_sum, weight, num_tokens)
+
+
+def check_cross_entropy(device, rows, columns, num_tokens, dtype, *, scale=5.0, stride=None):
+    logits = draw((rows, stride or columns), dtype, device, 1, scale)[:, :columns]
+    labels = torch.randint(num_tokens, (rows,), generator=torch.Generator().manual_seed(2)).to(device)
+    weight = draw((rows,), device=device, seed=3)
+    with kernels_on(device):
+        loss, grad = loss_and_gradient(logits, labels, weight, num_tokens)
+        again = loss_and_gradient(logits, labels, weight, num_tokens)
+    exact = logits.double()[:, :num_tokens].requires_grad_()
+    expected = F.cross_entropy(exact, labels, reduction="none")
+    (expected_grad,) = torch.autograd.grad(expected, exact, weight.double())
+    assert torch.equal(loss, again[0])
+    assert torch.equal(grad, again[1])
+    assert relative_error(loss, expected) < 2e-6
+    resolution = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert relative_error(grad[:, :num_tokens], expected_grad) < resolution
+    assert not grad[:, num_tokens:].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("columns", "num_tokens", "stride"), [(640, 640, None), (640, 601, None), (37, 30, None), (999, 998, 1003), (1, 1, 1)]
+)
+def test_cross_entropy_and_its_gradient_are_exact(columns, num_tokens, stride, dtype, device):
+    check_cross_entropy(device, 6, columns, num_tokens, dtype, stride=stride)
+
+
+@pytest.mark.gpu
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 300), columns=st.integers(1, 60000), padding=st.integers(0, 130))
+def test_cross_entropy_of_any_shape(rows, columns, padding):
+    check_cross_entropy("cuda", rows, columns + padding, columns, torch.bfloat16)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_huge_logits_shards_of_padding_and_foreign_labels(device):
+    rows = torch.tensor([[1e6, -1e6, 0.0, 3e38], [float("-inf"), 2.0, 2.0, float("-inf")]], device=device)
+    labels = torch.tensor([3, -100], device=device)
+    weight = torch.ones(2, device=device)
+    with kernels_on(device):
+        loss, grad = loss_and_gradient(rows, labels, weight, 4)
+        highest, exp_sum, label_logit = FusedSoftmax().statistics(rows, labels, 0)
+        nothing = FusedSoftmax().gradient(rows.clone(), labels, loss, weight, 0)
+    assert loss[0] == 0
+    assert grad.tolist() == [[0, 0, 0, 0], [0, 0.5, 0.5, 0]]
+    assert label_logit.tolist() == exp_sum.tolist() == [0, 0]
+    assert highest.tolist() == [float("-inf")] * 2
+    assert not nothing.any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_nan_among_the_logits_shows_in_the_loss(device):
+    rows = torch.full((2, 64), float("-inf"), device=device)
+    rows[0, 5], rows[1, 7] = float("nan"), 1.0
+    with kernels_on(device):
+        highest, exp_sum, _ = FusedSoftmax().statistics(rows, torch.zeros(2, dtype=torch.long, device=device), 64)
+    assert (highest + exp_sum.log()).isnan().tolist() == [True, False]
+
+
+def test_cross_entropy_operators_keep_what_they_promise_torch():
+    rows, labels = draw((3, 12)), torch.tensor([0, 11, 3])
+    opcheck(cross_entropy._statistics, (rows, labels, 11))
+    opcheck(cross_entropy._gradient, (rows, labels, torch.ones(3), torch.ones(3), 11))
+
+
+# ---- dropout
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("x_dtype", "residual_dtype"),
+    [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)],
+)
+@pytest.mark.parametrize("columns", [256, 264, 35])
+@pytest.mark.parametrize("biased", [True, False])
+def test_dropout_drops_the_same_in_backward_and_sums_what_is_left(columns, biased, x_dtype, residual_dtype, device):
+    x, residual = draw((40, 2, columns), x_dtype, device, 1), draw((40, 2, columns), residual_dtype, device, 2)
+    bias = draw((columns,), x_dtype, device, 3) if biased else None
+    ones = torch.ones((40, 2, columns), device=device, dtype=residual_dtype)
+    with kernels_on(device):
+        torch.manual_seed(5)
+        key = torch.randint(dropout.KEY_RANGE, (1,), device=device)
+
+        def fused(x, residual, *bias):
+            return dropout._dropout_add(x, bias[0] if bias else None, residual, key, 0.3)
+
+        out, *grads = gradients(fused, [x, residual, *([bias] if biased else [])], [ones])
+        again, *_ = gradients(fused, [x, residual, *([bias] if biased else [])], [ones])
+    factors = grads[0].double()  # of a gradient of ones: zero, or what the others grow by
+    growth = 65536 / (65536 - round(0.3 * 65536))
+    kept = factors != 0
+    assert abs(float(kept.double().mean()) - 0.7) < 4 * (0.21 / kept.numel()) ** 0.5
+    torch.testing.assert_close(factors[kept], torch.full_like(factors[kept], growth), rtol=4e-3, atol=0)
+    expected = residual.double() + kept * growth * (x.double() + (bias.double() if biased else 0))
+    assert torch.equal(out, again)
+    assert relative_error(out, expected) < torch.finfo(residual_dtype).eps
+    assert torch.equal(grads[1], ones)
+    if biased:
+        assert relative_error(grads[2], factors.sum((0, 1))) < torch.finfo(x_dtype).eps
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_dropout_follows_torchs_generator(device):
+    x, residual = draw((16, 64), device=device), torch.zeros(16, 64, device=device)
+    with kernels_on(device):
+        torch.manual_seed(1)
+        first, second = (dropout.fused_dropout_add(x, residual, 0.5) for _ in range(2))
+        torch.manual_seed(1)
+        replayed = dropout.fused_dropout_add(x, residual, 0.5)
+        everything = dropout.fused_dropout_add(x, residual, 0.0)
+    assert torch.equal(first, replayed)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(everything, x)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_mask_depends_on_the_element_and_not_on_how_it_is_computed(device):
+    """A vectorised call and one whose addresses are not aligned draw the same."""
+    flat = torch.ones(1 + 24 * 64, device=device, dtype=torch.bfloat16)
+    key = torch.tensor([12345], device=device)
+    zeros = torch.zeros(24, 64, device=device, dtype=torch.bfloat16)
+    with kernels_on(device):
+        aligned, shifted = (
+            dropout._dropout_add(x.view(24, 64), None, zeros, key, 0.4) for x in (flat[:-1], flat[1:])
+        )
+    assert torch.equal(aligned, shifted)
+
+
+def test_dropout_operators_keep_what_they_promise_torch():
+    x, bias = draw((3, 2, 16)).requires_grad_(), draw((16,)).requires_grad_()
+    opcheck(dropout._dropout_add, (x, bias, draw((3, 2, 16)).requires_grad_(), torch.tensor([7]), 0.5))
