@@ -105,9 +105,7 @@ def _activation_cuda(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     out = x.new_empty((*x.shape[:-1], columns))
     rows = out.numel() // columns if columns else 0
     chunks = kernel.chunks(rows, columns, code, device)
-    kernel.forward(
-        address(x), address(bias), address(out), rows, columns, chunks, KINDS[kind], code, device, stream
-    )
+    kernel.forward(address(x), address(bias), address(out), rows, columns, chunks, KINDS[kind], code, device, stream)
     return out
 
 
@@ -149,8 +147,8 @@ def _activation_backward_cpu(grad: Tensor, x: Tensor, bias: Tensor | None, kind:
     wide, grad = _add(x.float(), None if bias is None else bias.float()), grad.float()
     if kind in GATED:
         gate, up = wide.chunk(2, dim=-1)
-        plain = {"swiglu": F.silu, "geglu": gelu, "geglu_tanh": gelu_tanh}[kind]
-        grad_x = torch.cat((_through(kind, grad * up, gate), grad * plain(gate)), dim=-1)
+        plain: dict[str, Activation] = {"swiglu": F.silu, "geglu": gelu, "geglu_tanh": gelu_tanh}
+        grad_x = torch.cat((_through(kind, grad * up, gate), grad * plain[kind](gate)), dim=-1)
     else:
         grad_x = _through(kind, grad, wide)
     grad_bias = _empty_bias_gradient(x, bias) if bias is None else grad_x.flatten(0, -2).sum(0).to(x.dtype)

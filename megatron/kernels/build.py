@@ -95,6 +95,16 @@ def load_kernel(name: str) -> ModuleType:
     return load_file(name, ensure_built(name, (_own_architecture(),), cache_folder()))
 
 
+def build_all() -> None:
+    """Make every kernel ready for this host's GPU, several at a time.
+
+    Raises:
+        KernelBuildError: as `load_kernel`.
+    """
+    with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) // 2)) as pool:
+        list(pool.map(load_kernel, kernel_names()))
+
+
 def load_file(name: str, path: Path) -> ModuleType:
     """Import the extension module `name` from a file.
 

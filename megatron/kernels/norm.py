@@ -334,7 +334,9 @@ def _keep(ctx: Any, stream: Tensor, weight: Tensor, bias: Tensor | None, statist
     ctx.biased = bias is not None
 
 
-def _gradients(ctx: Any, grad_normed: Tensor, grad_stream: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _gradients(
+    ctx: Any, grad_normed: Tensor, grad_stream: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     stream, weight, mean, inverse = ctx.saved_tensors
     grad_x, grad_weight, grad_bias = _norm_backward(
         grad_normed, grad_stream, stream, weight, mean, inverse, ctx.weight_offset, ctx.centred, ctx.biased
@@ -362,12 +364,11 @@ def _keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _add_norm_gradients(
     ctx: Any, grad_stream: Tensor | None, grad_normed: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    if grad_normed is None:
-        grad_x, grads = grad_stream, (None, None)
-    else:
-        grad_x, *grads = _gradients(ctx, grad_normed, grad_stream)
+    grad_x, grad_weight, grad_bias = grad_stream, None, None
+    if grad_normed is not None:
+        grad_x, grad_weight, grad_bias = _gradients(ctx, grad_normed, grad_stream)
     grad_delta = None if grad_x is None else grad_x.to(ctx.delta_dtype)
-    return grad_x, grad_delta, *grads, None, None, None
+    return grad_x, grad_delta, grad_weight, grad_bias, None, None, None
 
 
 define_gradient(_norm, _norm_gradients, _keep_norm)

@@ -73,7 +73,7 @@ def gradients(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequ
 
 
 def check_against_fp64(fused, plain, inputs, grads, *, slack: float = 1.1) -> None:
-    """Check that results and gradients of `fused` are no farther from fp64 than those of `plain`, and repeat in bits."""
+    """Check that `fused` and its gradients are no farther from fp64 than `plain` and its own, and repeat in bits."""
     exact = gradients(plain, [x.double() for x in inputs], [x.double() for x in grads])
     given = gradients(plain, inputs, grads)
     actual = gradients(fused, inputs, grads)

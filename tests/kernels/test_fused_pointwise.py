@@ -55,8 +55,11 @@ def test_activation_of_any_shape(rows, columns, name):
 def test_activation_of_tiny_and_huge_numbers_is_finite(name, device):
     x = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 90.0, -90.0, 1e4, -1e4] * 16, device=device).bfloat16()
     with kernels_on(device):
-        actual, grad = gradients(FUSED_ACTIVATIONS[name], [x.view(2, 64)], [torch.ones(2, 64, device=device)[:, :32]
-            if name in GATED else torch.ones(2, 64, device=device)])
+        actual, grad = gradients(
+            FUSED_ACTIVATIONS[name],
+            [x.view(2, 64)],
+            [torch.ones(2, 64, device=device)[:, :32] if name in GATED else torch.ones(2, 64, device=device)],
+        )
     expected, _ = gradients(ACTIVATIONS[name], [x.view(2, 64).double()], [torch.ones_like(actual)])
     assert grad.isfinite().all()
     torch.testing.assert_close(actual.double(), expected, rtol=8e-3, atol=1e-30)
@@ -116,8 +119,10 @@ def test_split_of_the_product_rotates_queries_and_keys(groups, heads, size, pair
     def fused(product):
         return rotary.fused_split(product, cos, sin, groups=groups, head_size=size, interleaved=interleaved)
 
-    grads = [draw((2, n, 9, size), dtype, device, 1 + i).permute(2, 0, 1, 3) for i, n in enumerate(
-        (groups * heads, groups, groups))]
+    grads = [
+        draw((2, n, 9, size), dtype, device, 1 + i).permute(2, 0, 1, 3)
+        for i, n in enumerate((groups * heads, groups, groups))
+    ]
     with kernels_on(device):
         check_against_fp64(fused, plain, [product], grads)
 
@@ -171,7 +176,8 @@ def check_cross_entropy(device, rows, columns, num_tokens, dtype, *, scale=5.0, 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
-    ("columns", "num_tokens", "stride"), [(640, 640, None), (640, 601, None), (37, 30, None), (999, 998, 1003), (1, 1, 1)]
+    ("columns", "num_tokens", "stride"),
+    [(640, 640, None), (640, 601, None), (37, 30, None), (999, 998, 1003), (1, 1, 1)],
 )
 def test_cross_entropy_and_its_gradient_are_exact(columns, num_tokens, stride, dtype, device):
     check_cross_entropy(device, 6, columns, num_tokens, dtype, stride=stride)
@@ -272,9 +278,7 @@ def test_the_mask_depends_on_the_element_and_not_on_how_it_is_computed(device):
     key = torch.tensor([12345], device=device)
     zeros = torch.zeros(24, 64, device=device, dtype=torch.bfloat16)
     with kernels_on(device):
-        aligned, shifted = (
-            dropout._dropout_add(x.view(24, 64), None, zeros, key, 0.4) for x in (flat[:-1], flat[1:])
-        )
+        aligned, shifted = (dropout._dropout_add(x.view(24, 64), None, zeros, key, 0.4) for x in (flat[:-1], flat[1:]))
     assert torch.equal(aligned, shifted)
 
 
