@@ -58,7 +58,7 @@ def a_chunk_of_the_loss_holds_a_position(
         ranks = f" x --tensor-model-parallel-size {shards} (with --sequence-parallel)" if shards > 1 else ""
         yield (
             f"--loss-chunk-size {kernels.loss_chunk_size} is less than one position of --micro-batch-size "
-            f"{training.micro_batch_size}{ranks} = {least} tokens: raise it, or set it to 0 to compute all logits at once."
+            f"{training.micro_batch_size}{ranks} = {least} tokens: raise it, or set it to 0 for all logits at once."
         )
 
 

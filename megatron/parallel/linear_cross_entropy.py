@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,17 +22,32 @@ from megatron.parallel.collectives import Pending, start_all_gather, start_all_r
 from megatron.parallel.groups import Group
 
 
-class PlainSoftmax:
-    """tmp"""
+class ShardedSoftmax(Protocol):
+    """The two passes over one rank's columns of the logits, rows [n, v/t], that a cross entropy consists of.
 
-    def statistics(self, rows, columns, num_tokens):
+    Columns from `num_tokens` on are padding. A label's column outside of 0 .. num_tokens - 1 is on another rank.
+    """
+
+    def statistics(self, rows: Tensor, columns: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return highest logit (-inf of none), sum of exp(logit - highest), label's logit or 0, fp32 [n] each."""
+
+    def gradient(self, rows: Tensor, columns: Tensor, log_sum: Tensor, scale: Tensor, num_tokens: int) -> Tensor:
+        """Return scale (exp(logit - log_sum) - [column is the label's]), zero in padding; it may overwrite `rows`."""
+
+
+class PlainSoftmax:
+    """`ShardedSoftmax` in plain torch."""
+
+    def statistics(self, rows: Tensor, columns: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `ShardedSoftmax`."""
         here = (columns >= 0) & (columns < num_tokens)
         wide = rows[:, :num_tokens].float()
         highest = wide.amax(dim=1) if num_tokens else wide.new_full(wide.shape[:1], float("-inf"))
         label = rows.gather(1, columns.masked_fill(~here, 0).unsqueeze(1)).squeeze(1).float().masked_fill(~here, 0.0)
         return highest, (wide - highest.unsqueeze(1)).exp().sum(dim=1), label
 
-    def gradient(self, rows, columns, log_sum, scale, num_tokens):
+    def gradient(self, rows: Tensor, columns: Tensor, log_sum: Tensor, scale: Tensor, num_tokens: int) -> Tensor:
+        """See `ShardedSoftmax`."""
         here = (columns >= 0) & (columns < num_tokens)
         wide = (rows[:, :num_tokens].float() - log_sum.unsqueeze(1)).exp_()
         if num_tokens:
@@ -42,7 +57,6 @@ class PlainSoftmax:
         return rows
 
 
-ShardedSoftmax = PlainSoftmax
 PLAIN_SOFTMAX = PlainSoftmax()
 
 FP16_LIFT = 256.0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.kernels import activation, cross_entropy, dropout, norm, operator, rotary
+from megatron.kernels import activation, cross_entropy, dropout, norm, operator, rotary, softmax
 from tests.kernels.emulated import emulated_kernel, why_not
 
 HALF = (torch.bfloat16, torch.float16)
@@ -24,13 +24,15 @@ OPERATORS = {
     "cross_entropy_gradient_": cross_entropy._gradient_cuda,
     "dropout_add": dropout._dropout_add_cuda,
     "dropout_add_backward": dropout._backward_cuda,
+    "scaled_softmax": softmax._softmax_cuda,
+    "scaled_softmax_backward": softmax._backward_cuda,
 }
 
 
 @contextlib.contextmanager
 def kernels_on_the_cpu():
     """Within the context operators on CPU tensors run the emulated CUDA kernels."""
-    modules = (norm, activation, rotary, cross_entropy, dropout)
+    modules = (norm, activation, rotary, cross_entropy, dropout, softmax)
     with pytest.MonkeyPatch.context() as patch:
         for module in modules:
             patch.setattr(module, "load_kernel", emulated_kernel)

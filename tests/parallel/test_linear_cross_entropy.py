@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
+from megatron.kernels.cross_entropy import FusedSoftmax
 from megatron.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.parallel.groups import Group
-from megatron.parallel.linear_cross_entropy import linear_cross_entropy
+from megatron.parallel.linear_cross_entropy import PLAIN_SOFTMAX, linear_cross_entropy
 from tests.parallel.logical import device, logical, own, tensor_group
 from tests.ranks import run_on_ranks
 
@@ -150,14 +151,15 @@ def test_without_autograd_no_gradient_is_computed():
     assert len(products) == LENGTH * BATCH // 4, "one product a chunk: the logits"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_precision_is_as_close_to_fp64_as_the_unchunked_loss(dtype):
+def check_half_precision(device, dtype, length, vocab, **kind):
     """The gradient that arrives is far from one, as after division by the tokens of a step and loss scaling."""
-    length, vocab, upstream = 128, 300, 2.0**-9
-    hidden, weight = logical(1, length, BATCH, 64).to(dtype), (0.3 * logical(2, vocab, 64)).to(dtype)
-    labels, mask = labels_and_mask(length, vocab=vocab)
+    upstream = 2.0**-9
+    hidden, weight = logical(1, length, BATCH, 64).to(device, dtype), (0.3 * logical(2, vocab, 64)).to(device, dtype)
+    labels, mask = (tensor.to(device) for tensor in labels_and_mask(length, vocab=vocab))
     exact = unchunked(hidden.double(), weight.double(), labels, mask.double(), upstream, vocab)
-    found = loss_and_gradients(hidden, weight, labels, mask, upstream, vocab_size=vocab, chunk_size=16)
+    found = loss_and_gradients(hidden, weight, labels, mask, upstream, vocab_size=vocab, **kind)
+    again = loss_and_gradients(hidden, weight, labels, mask, upstream, vocab_size=vocab, **kind)
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True)), "differs between two runs"
     theirs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     losses = vocab_parallel_cross_entropy(theirs[0] @ theirs[1].t(), labels, Group.alone(), vocab)
     ((losses * mask).sum() * upstream).backward()
@@ -165,6 +167,42 @@ def test_half_precision_is_as_close_to_fp64_as_the_unchunked_loss(dtype):
     for ours, plain, right in zip(found[1:], (theirs[0].grad, theirs[1].grad), exact[1:], strict=True):
         error, plain_error = (((value.double() - right).norm() / right.norm()).item() for value in (ours, plain))
         assert error < 1.25 * plain_error, (error, plain_error)
+
+
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+@HALF
+def test_half_precision_is_as_close_to_fp64_as_the_unchunked_loss(dtype):
+    check_half_precision("cpu", dtype, 128, 300, chunk_size=16)
+
+
+@pytest.mark.gpu
+@HALF
+@pytest.mark.parametrize("softmax", [PLAIN_SOFTMAX, FusedSoftmax()], ids=["plain", "fused"])
+@pytest.mark.parametrize("vocab", [1000, 1003])
+def test_half_precision_on_a_gpu_is_as_close(dtype, softmax, vocab):
+    check_half_precision("cuda", dtype, 700, vocab, chunk_size=256, softmax=softmax)
+
+
+@pytest.mark.gpu
+def test_chunks_take_a_fraction_of_the_memory():
+    hidden = logical(1, 8192, 1, 256).to("cuda", torch.bfloat16).requires_grad_()
+    weight = logical(2, 32768, 256).to("cuda", torch.bfloat16).requires_grad_()
+    labels = torch.zeros(8192, 1, dtype=torch.long, device="cuda")
+    kind = {"group": Group.alone(), "vocab_size": 32768, "softmax": FusedSoftmax()}
+
+    def peak(chunk_size):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        torch.autograd.grad(
+            linear_cross_entropy(hidden, weight, labels, None, chunk_size=chunk_size, **kind), (hidden, weight)
+        )
+        return torch.cuda.max_memory_allocated() - before
+
+    peak(512)  # the libraries' own memory comes with the first call
+    logits = 2 * 32768
+    assert peak(8192) - peak(512) > 0.9 * (8192 - 512) * logits
 
 
 def test_fp16_keeps_the_gradients_of_unlikely_tokens():

@@ -1,10 +1,9 @@
 // Laid out as the activations are: a warp takes neighbouring vectors of columns and walks down the rows of a chunk.
 // Eight elements share the 128 random bits of one counter, 16 each; the counter is the index of the eight, so that the
-// mask depends on the key and the element alone.
+// mask depends on the key and the element alone. `megatron/kernels/philox.py` draws the same.
 #include "dropout.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "../include/reduce.cuh"
 #include "../include/vector.cuh"
@@ -24,9 +23,18 @@ struct Drop {
   float growth;
 };
 
-Drop drop_of(float probability) {
-  const int threshold = std::clamp(static_cast<int>(std::lround(probability * kSteps)), 0, kSteps - 1);
-  return {static_cast<std::uint32_t>(threshold), static_cast<float>(kSteps) / static_cast<float>(kSteps - threshold)};
+Drop drop_of(const Dropout& call) {
+  return {static_cast<std::uint32_t>(call.threshold),
+          static_cast<float>(kSteps) / static_cast<float>(kSteps - call.threshold)};
+}
+
+// factor x value + sum, rounded twice, as plain torch does it: the results are then equal in every bit.
+__device__ __forceinline__ float scaled_sum(float factor, float value, float sum) {
+#ifdef __CUDA_ARCH__
+  return __fadd_rn(__fmul_rn(factor, value), sum);
+#else
+  return factor * value + sum;
+#endif
 }
 
 // Factors of kSize elements from `first`, which kSize divides.
@@ -86,11 +94,11 @@ __global__ void __launch_bounds__(kWarp* kWarps, kBlocksEach) forward(Dropout ca
         float value[kSize], sum[kSize], factors[kSize];
         parts[n].unpack(value);
         kept[n].unpack(sum);
-        draw(key, static_cast<std::uint64_t>(at), drop, factors);
+        draw(key, static_cast<std::uint64_t>(call.first + at), drop, factors);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
           // A dropped infinity is zero, not NaN.
-          if (factors[i] != 0.0f) sum[i] += factors[i] * (value[i] + bias[i]);
+          if (factors[i] != 0.0f) sum[i] = scaled_sum(factors[i], value[i] + bias[i], sum[i]);
         }
         Packed<R, kSize>::pack(sum).store(out + at);
       }
@@ -122,7 +130,7 @@ __global__ void __launch_bounds__(kWarp* kWarps, kBlocksEach) backward(Dropout c
       if (row < rows.end) {
         float grad[kSize], factors[kSize];
         grads[n].unpack(grad);
-        draw(key, static_cast<std::uint64_t>(at), drop, factors);
+        draw(key, static_cast<std::uint64_t>(call.first + at), drop, factors);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
           grad[i] = factors[i] == 0.0f ? 0.0f : factors[i] * grad[i];
@@ -163,7 +171,7 @@ void with_types(const Dropout& call, int x_type, int residual_type, Function&& f
   with_type(x_type, [&](auto x) {
     const auto with_residual = [&](auto r) {
       constexpr int kSize = vector_size<typename decltype(r)::type>;
-      const bool vectors = call.columns % kSize == 0 && is_aligned(call.x) && is_aligned(call.bias) &&
+      const bool vectors = call.columns % kSize == 0 && call.first % kSize == 0 && is_aligned(call.x) && is_aligned(call.bias) &&
                            is_aligned(call.residual) && is_aligned(call.out) && is_aligned(call.grad_out) &&
                            is_aligned(call.grad_x);
       if (vectors) {
@@ -197,7 +205,7 @@ void dropout_forward(const Dropout& call, int x_type, int residual_type, const P
   const DeviceGuard guard(place.device);
   with_types(call, x_type, residual_type, [&](auto x, auto r, auto size) {
     launch("the dropout's forward", forward<typename decltype(x)::type, typename decltype(r)::type, size()>,
-           grid_of(call, size()), dim3(kWarp, kWarps), 0, place, call, drop_of(call.probability));
+           grid_of(call, size()), dim3(kWarp, kWarps), 0, place, call, drop_of(call));
   });
 }
 
@@ -206,7 +214,7 @@ void dropout_backward(const Dropout& call, int x_type, int residual_type, const 
   with_types(call, x_type, residual_type, [&](auto x, auto r, auto size) {
     using X = typename decltype(x)::type;
     launch("the dropout's backward", backward<X, typename decltype(r)::type, size()>, grid_of(call, size()),
-           dim3(kWarp, kWarps), 0, place, call, drop_of(call.probability));
+           dim3(kWarp, kWarps), 0, place, call, drop_of(call));
     if (call.grad_bias == 0) return;
     launch("the dropout's backward", sum_chunks<X>, dim3(static_cast<unsigned>(ceil_div(call.columns, kWarp))),
            dim3(kWarp, kWarp), 0, place, reinterpret_cast<const float*>(call.partial), call.chunks, call.columns,
