@@ -19,6 +19,19 @@ class KernelsConfig:
         choices=("auto", "unfused", "sdpa"),
         help="implementation of attention; auto takes the fastest that can honour the request and says why",
     )
+    no_fused_kernels: bool = flag(
+        False, help="leave every operation to plain torch on a GPU too, where CUDA kernels of this project are the rule"
+    )
+    no_norm_fusion: bool = flag(False, help="leave norms and the residual sums before them to plain torch")
+    no_rope_fusion: bool = flag(False, help="leave rotary embedding to plain torch")
+    no_bias_gelu_fusion: bool = flag(False, help="leave the MLP's nonlinearity, whichever it is, to plain torch")
+    no_bias_dropout_fusion: bool = flag(False, help="leave hidden dropout and the residual sum to plain torch")
+    no_masked_softmax_fusion: bool = flag(
+        False, help="leave the softmax of --attention-backend unfused, the only one that has it apart, to plain torch"
+    )
+    no_cross_entropy_loss_fusion: bool = flag(
+        False, help="leave cross entropy to plain torch; the kernel writes the gradient in the place of the logits"
+    )
     loss_chunk_size: int = flag(
         0,
         range=NOT_NEGATIVE,

@@ -70,6 +70,7 @@ _ALIASES = (
     _alias("swiglu", "--activation-function swiglu"),
     _alias("openai-gelu", "--activation-function gelu_tanh"),
     _alias("squared-relu", "--activation-function squared_relu"),
+    _alias("no-bias-swiglu-fusion", "--no-bias-gelu-fusion"),
     _alias("disable-bias-linear", "--no-add-bias-linear"),
     _alias("bf16", "--precision bf16"),
     _alias("fp16", "--precision fp16"),
@@ -89,9 +90,7 @@ _IGNORED = (
     _ignored("--num-key-value-heads alone decides about grouped queries", "group-query-attention"),
     _ignored(
         "the kernel is chosen by --attention-backend, or by the operation itself, and printed",
-        "no-masked-softmax-fusion masked-softmax-fusion no-bias-gelu-fusion no-bias-swiglu-fusion "
-        "no-bias-dropout-fusion no-rope-fusion no-persist-layer-norm disable-mem-efficient-ln "
-        "cross-entropy-loss-fusion no-gradient-accumulation-fusion",
+        "no-persist-layer-norm disable-mem-efficient-ln no-gradient-accumulation-fusion",
     ),
     _ignored(
         "attention scores are scaled once, by the root of the head size, and normalised in fp32",

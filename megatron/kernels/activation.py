@@ -17,9 +17,8 @@ from torch import Tensor
 from megatron.kernels.build import load_kernel
 from megatron.kernels.operator import (
     DTYPE_CODES,
+    Operator,
     address,
-    define_gradient,
-    define_operator,
     falls_back,
     place,
     why_not_computed,
@@ -104,7 +103,7 @@ def _activation_cuda(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     kernel, (device, stream), columns, code = load_kernel("activation"), place(x), _width(x, kind), DTYPE_CODES[x.dtype]
     out = x.new_empty((*x.shape[:-1], columns))
     rows = out.numel() // columns if columns else 0
-    chunks = kernel.chunks(rows, columns, code, device)
+    chunks = kernel.chunks(rows, columns, KINDS[kind], code, False, device)
     kernel.forward(address(x), address(bias), address(out), rows, columns, chunks, KINDS[kind], code, device, stream)
     return out
 
@@ -113,7 +112,7 @@ def _activation_backward_cuda(grad: Tensor, x: Tensor, bias: Tensor | None, kind
     grad, x, bias = grad.contiguous(), x.contiguous(), None if bias is None else bias.contiguous()
     kernel, (device, stream), columns, code = load_kernel("activation"), place(x), _width(x, kind), DTYPE_CODES[x.dtype]
     rows = grad.numel() // columns if columns else 0
-    chunks = kernel.chunks(rows, columns, code, device)
+    chunks = kernel.chunks(rows, columns, KINDS[kind], code, True, device)
     grad_x, grad_bias = torch.empty_like(x), _empty_bias_gradient(x, bias)
     partial = None if bias is None else x.new_empty((chunks, x.shape[-1]), dtype=torch.float32)
     kernel.backward(
@@ -175,13 +174,13 @@ def _activation_backward_fake(grad: Tensor, x: Tensor, bias: Tensor | None, kind
     return x.new_empty(x.shape), _empty_bias_gradient(x, bias)
 
 
-_activation = define_operator(
+_activation = Operator(
     "activation(Tensor x, Tensor? bias, str kind) -> Tensor",
     cuda=_activation_cuda,
     cpu=_activation_cpu,
     fake=_activation_fake,
 )
-_activation_backward = define_operator(
+_activation_backward = Operator(
     "activation_backward(Tensor grad, Tensor x, Tensor? bias, str kind) -> (Tensor, Tensor)",
     cuda=_activation_backward_cuda,
     cpu=_activation_backward_cpu,
@@ -202,4 +201,4 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | N
     return grad_x, None if bias is None else grad_bias, None
 
 
-define_gradient(_activation, _gradients, _keep)
+_activation.define_gradient(_gradients, _keep)

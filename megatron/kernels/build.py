@@ -92,21 +92,26 @@ def load_kernel(name: str) -> ModuleType:
     Raises:
         KernelBuildError: there is no GPU, no compiler, or the compiler refuses; the sentence says which.
     """
-    return load_file(name, ensure_built(name, (_own_architecture(),), cache_folder()))
+    return load_file(f"megatron_kernels.{name}", ensure_built(name, (_own_architecture(),), cache_folder()))
 
 
-def build_all() -> None:
-    """Make every kernel ready for this host's GPU, several at a time.
+def load_kernels(names: Sequence[str]) -> None:
+    """Make kernels ready for this host's GPU, several at a time where they have to be compiled.
 
     Raises:
         KernelBuildError: as `load_kernel`.
     """
     with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) // 2)) as pool:
-        list(pool.map(load_kernel, kernel_names()))
+        list(pool.map(load_kernel, names))
+
+
+def build_all() -> None:
+    """Make every kernel ready; see `load_kernels`."""
+    load_kernels(kernel_names())
 
 
 def load_file(name: str, path: Path) -> ModuleType:
-    """Import the extension module `name` from a file.
+    """Import the extension module `name`, whatever package stands before it, from a file.
 
     Raises:
         KernelBuildError: it cannot be loaded.

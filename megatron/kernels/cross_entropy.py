@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron.kernels.build import load_kernel
-from megatron.kernels.operator import DTYPE_CODES, address, define_operator, falls_back, place, why_not_computed
+from megatron.kernels.operator import DTYPE_CODES, Operator, address, falls_back, place, why_not_computed
 
 
 class FusedSoftmax:
@@ -101,13 +101,13 @@ def _gradient_fake(rows: Tensor, columns: Tensor, log_sum: Tensor, scale: Tensor
     return None
 
 
-_statistics = define_operator(
+_statistics = Operator(
     "cross_entropy_statistics(Tensor rows, Tensor label_columns, int num_tokens) -> Tensor",
     cuda=_statistics_cuda,
     cpu=_statistics_cpu,
     fake=_statistics_fake,
 )
-_gradient = define_operator(
+_gradient = Operator(
     "cross_entropy_gradient_(Tensor(a!) rows, Tensor label_columns, Tensor log_sum, Tensor scale, int num_tokens)"
     " -> ()",
     cuda=_gradient_cuda,

@@ -17,9 +17,8 @@ from torch import Tensor
 from megatron.kernels.build import load_kernel
 from megatron.kernels.operator import (
     DTYPE_CODES,
+    Operator,
     address,
-    define_gradient,
-    define_operator,
     falls_back,
     place,
     why_not_computed,
@@ -160,13 +159,13 @@ def _backward_fake(
     return grad.new_empty(grad.shape, dtype=dtype), grad_bias
 
 
-_dropout_add = define_operator(
+_dropout_add = Operator(
     "dropout_add(Tensor x, Tensor? bias, Tensor? residual, Tensor key, int first, float probability) -> Tensor",
     cuda=_dropout_add_cuda,
     cpu=_dropout_add_cpu,
     fake=_dropout_add_fake,
 )
-_backward = define_operator(
+_backward = Operator(
     "dropout_add_backward(Tensor grad, Tensor key, int first, float probability, ScalarType dtype, bool biased)"
     " -> (Tensor, Tensor)",
     cuda=_backward_cuda,
@@ -189,4 +188,4 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad_x, grad_bias if ctx.biased else None, grad if ctx.added else None, None, None, None
 
 
-define_gradient(_dropout_add, _gradients, _keep)
+_dropout_add.define_gradient(_gradients, _keep)

@@ -20,9 +20,8 @@ from torch import Tensor
 from megatron.kernels.build import load_kernel
 from megatron.kernels.operator import (
     DTYPE_CODES,
+    Operator,
     address,
-    define_gradient,
-    define_operator,
     falls_back,
     place,
     why_not_computed,
@@ -305,21 +304,21 @@ def _norm_backward_fake(
     return stream.new_empty(stream.shape), grad_weight, torch.empty_like(grad_weight) if biased else weight.new_empty(0)
 
 
-_norm = define_operator(
+_norm = Operator(
     "norm(Tensor x, Tensor weight, Tensor? bias, float epsilon, float weight_offset, bool centred)"
     " -> (Tensor, Tensor, Tensor)",
     cuda=_norm_cuda,
     cpu=_norm_cpu,
     fake=_norm_fake,
 )
-_add_norm = define_operator(
+_add_norm = Operator(
     "add_norm(Tensor x, Tensor delta, Tensor weight, Tensor? bias, float epsilon, float weight_offset, bool centred)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     cuda=_add_norm_cuda,
     cpu=_add_norm_cpu,
     fake=_add_norm_fake,
 )
-_norm_backward = define_operator(
+_norm_backward = Operator(
     "norm_backward(Tensor grad_normed, Tensor? grad_stream, Tensor stream, Tensor weight, Tensor mean, Tensor inverse,"
     " float weight_offset, bool centred, bool biased) -> (Tensor, Tensor, Tensor)",
     cuda=_norm_backward_cuda,
@@ -371,5 +370,5 @@ def _add_norm_gradients(
     return grad_x, grad_delta, grad_weight, grad_bias, None, None, None
 
 
-define_gradient(_norm, _norm_gradients, _keep_norm)
-define_gradient(_add_norm, _add_norm_gradients, _keep_add_norm)
+_norm.define_gradient(_norm_gradients, _keep_norm)
+_add_norm.define_gradient(_add_norm_gradients, _keep_add_norm)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +24,8 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Those that kernels compute with, by their numbers in `csrc/include/vector.cuh`."""
 
 
-def define_operator(
-    schema: str, *, cuda: Callable[..., Any], cpu: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Register an operator of namespace `megatron` and return it.
+class Operator:
+    """A fused operation. Called on a GPU without a compiler it goes straight to its kernel, past the dispatcher.
 
     Args:
         schema: name, arguments and results, in torch's notation.
@@ -34,25 +33,43 @@ def define_operator(
         cpu: implementation in torch.
         fake: makes empty results of the right shapes, dtypes and strides.
     """
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, cuda, "CUDA")
-    LIBRARY.impl(name, cpu, "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    operator: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), name).default
-    return operator
+
+    def __init__(
+        self, schema: str, *, cuda: Callable[..., Any], cpu: Callable[..., Any], fake: Callable[..., Any]
+    ) -> None:
+        name = schema.partition("(")[0]
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, cuda, "CUDA")
+        LIBRARY.impl(name, cpu, "CPU")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+        self.overload: Any = getattr(getattr(torch.ops, NAMESPACE), name).default
+        """The same as torch knows it."""
+        self._cuda = cuda
+        self._function: Any = None
+
+    def define_gradient(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        """Tell autograd the gradient; results that got none are handed to `backward` as None."""
+
+        def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            setup_context(ctx, inputs, output)
+
+        torch.library.register_autograd(self.overload, backward, setup_context=setup, lib=LIBRARY)
+        straight = {"forward": staticmethod(self._cuda), "setup_context": staticmethod(setup)}
+        self._function = type("Straight", (torch.autograd.Function,), {**straight, "backward": staticmethod(backward)})
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Compute it; the arguments are those of the schema, in order."""
+        if not goes_straight(inputs[0]):
+            return self.overload(*inputs)
+        if self._function is None or not torch.is_grad_enabled():
+            return self._cuda(*inputs)
+        return self._function.apply(*inputs)
 
 
-def define_gradient(
-    operator: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
-) -> None:
-    """Tell autograd the gradient of an operator; results that got none are handed to `backward` as None."""
-
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.set_materialize_grads(False)
-        setup_context(ctx, inputs, output)
-
-    torch.library.register_autograd(operator, backward, setup_context=setup, lib=LIBRARY)  # type: ignore[arg-type]
+def goes_straight(tensor: Tensor) -> bool:
+    """Whether a kernel can be called on this tensor at once: it is a real one on a GPU, and nobody traces."""
+    return tensor.is_cuda and type(tensor) in (Tensor, Parameter) and not torch.compiler.is_compiling()
 
 
 def address(tensor: Tensor | None) -> int:
@@ -64,7 +81,9 @@ def place(tensor: Tensor) -> tuple[int, int]:
     """Device and stream on which a kernel that reads `tensor` is launched."""
     if tensor.device.type != "cuda":
         return 0, 0
-    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+    device = tensor.get_device()
+    # What torch.cuda.current_stream().cuda_stream gives, without the object around it, which takes microseconds.
+    return device, torch._C._cuda_getCurrentRawStream(device)
 
 
 def why_not_computed(*dtypes: torch.dtype) -> str | None:

@@ -6,7 +6,7 @@ key/value heads, g = n / k query heads of each.
 | plain torch                           | fused          |
 |---------------------------------------|----------------|
 | `apply_rotary`                        | `fused_rotary` |
-| `split_heads`, `apply_rotary` on two  | `fused_split`  |
+| `split_rotary`                        | `fused_split`  |
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from torch import Tensor
 from megatron.kernels.build import load_kernel
 from megatron.kernels.operator import (
     DTYPE_CODES,
+    Operator,
     address,
-    define_gradient,
-    define_operator,
     falls_back,
     place,
     why_not_computed,
@@ -74,6 +73,24 @@ def split_heads(product_sbc: Tensor, groups: int, head_size: int) -> tuple[Tenso
     return query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
 
 
+def split_rotary(
+    product_sbc: Tensor,
+    cos_pr: Tensor,
+    sin_pr: Tensor,
+    *,
+    groups: int,
+    head_size: int,
+    interleaved: bool = False,
+    position_ids_bs: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut the product of queries, keys and values as `split_heads` does and rotate the first two."""
+    query, key, value = split_heads(product_sbc, groups, head_size)
+    query, key = (
+        apply_rotary(x, cos_pr, sin_pr, interleaved=interleaved, position_ids_bs=position_ids_bs) for x in (query, key)
+    )
+    return query, key, value
+
+
 def fused_rotary(
     x_sbnd: Tensor,
     cos_pr: Tensor,
@@ -99,18 +116,21 @@ def fused_split(
     interleaved: bool = False,
     position_ids_bs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut the product of queries, keys and values as `split_heads` does and rotate the first two, in one pass.
+    """Compute `split_rotary` in one pass.
 
     The results are contiguous and nothing holds on to the product. Backward rotates the three gradients back into one
     tensor, in one pass as well.
     """
     if falls_back("rotary embedding", _why_not(product_sbc, cos_pr)):
-        query, key, value = split_heads(product_sbc, groups, head_size)
-        query, key = (
-            apply_rotary(x, cos_pr, sin_pr, interleaved=interleaved, position_ids_bs=position_ids_bs)
-            for x in (query, key)
+        return split_rotary(
+            product_sbc,
+            cos_pr,
+            sin_pr,
+            groups=groups,
+            head_size=head_size,
+            interleaved=interleaved,
+            position_ids_bs=position_ids_bs,
         )
-        return query, key, value
     parts: tuple[Tensor, Tensor, Tensor] = _split(
         product_sbc, cos_pr, sin_pr, position_ids_bs, groups, head_size, interleaved
     )
@@ -268,20 +288,20 @@ def _join_fake(
     return query.new_empty((s, b, (heads + 2 * key.shape[2]) * head_size))
 
 
-_rotate = define_operator(
+_rotate = Operator(
     "rotate(Tensor x, Tensor cosine, Tensor sine, Tensor? position_ids, bool interleaved, bool inverse) -> Tensor",
     cuda=_rotate_cuda,
     cpu=_rotate_cpu,
     fake=_rotate_fake,
 )
-_split = define_operator(
+_split = Operator(
     "split_rotated(Tensor product, Tensor cosine, Tensor sine, Tensor? position_ids, int groups, int head_size,"
     " bool interleaved) -> (Tensor, Tensor, Tensor)",
     cuda=_split_cuda,
     cpu=_split_cpu,
     fake=_split_fake,
 )
-_join = define_operator(
+_join = Operator(
     "join_rotated(Tensor query, Tensor key, Tensor value, Tensor cosine, Tensor sine, Tensor? position_ids,"
     " bool interleaved) -> Tensor",
     cuda=_join_cuda,
@@ -311,5 +331,5 @@ def _split_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
     return _join(*whole, *ctx.saved_tensors, ctx.rest[-1]), None, None, None, None, None, None
 
 
-define_gradient(_rotate, _rotate_gradient, _keep_tables)
-define_gradient(_split, _split_gradient, _keep_tables)
+_rotate.define_gradient(_rotate_gradient, _keep_tables)
+_split.define_gradient(_split_gradient, _keep_tables)

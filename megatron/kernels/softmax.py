@@ -14,9 +14,8 @@ from megatron.kernels.attention.mask import causal_mask
 from megatron.kernels.build import load_kernel
 from megatron.kernels.operator import (
     DTYPE_CODES,
+    Operator,
     address,
-    define_gradient,
-    define_operator,
     falls_back,
     place,
     why_not_computed,
@@ -126,13 +125,13 @@ def _backward_fake(grad: Tensor, weights: Tensor, scale: float, causal: bool) ->
     return weights.new_empty(weights.shape)
 
 
-_softmax = define_operator(
+_softmax = Operator(
     "scaled_softmax(Tensor scores, Tensor? mask, float scale, bool causal) -> Tensor",
     cuda=_softmax_cuda,
     cpu=_softmax_cpu,
     fake=_softmax_fake,
 )
-_backward = define_operator(
+_backward = Operator(
     "scaled_softmax_backward(Tensor grad, Tensor weights, float scale, bool causal) -> Tensor",
     cuda=_backward_cuda,
     cpu=_backward_cpu,
@@ -150,4 +149,4 @@ def _gradients(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None
     return None if grad is None else _backward(grad, weights, ctx.scale, ctx.causal), None, None, None
 
 
-define_gradient(_softmax, _gradients, _keep)
+_softmax.define_gradient(_gradients, _keep)

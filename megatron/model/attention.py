@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
+from megatron.kernels.choice import PLAIN, Kernels
 from megatron.model.context import Context
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
@@ -35,6 +36,7 @@ class Attention(nn.Module):
         attend: computes softmax(query key^T) value, whether or not sequences are divided over ranks.
         rotary: rotates queries and keys by position, or nothing.
         sequence_parallel: whether the hidden states are this rank's shard of the sequence.
+        kernels: what computes the norms of query and key.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Attention(nn.Module):
         attend: Callable[..., Tensor],
         rotary: Rotary | None,
         sequence_parallel: bool = False,
+        kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
         hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
@@ -64,8 +67,8 @@ class Attention(nn.Module):
             group=group,
             sequence_parallel=sequence_parallel,
         )
-        self.query_norm = Norm(config, self.head_size, shards=group) if config.qk_layernorm else None
-        self.key_norm = Norm(config, self.head_size, shards=group) if config.qk_layernorm else None
+        self.query_norm = Norm(config, self.head_size, shards=group, kernels=kernels) if config.qk_layernorm else None
+        self.key_norm = Norm(config, self.head_size, shards=group, kernels=kernels) if config.qk_layernorm else None
         self.output = RowParallelLinear(
             heads * self.head_size,
             hidden,
@@ -77,12 +80,7 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """[s, b, h] to [s, b, h]; shards [s/t, b, h] to such with sequence parallelism."""
-        query_sbnd, key_sbkd, value_sbkd = self.qkv(hidden)
-        if self.query_norm is not None and self.key_norm is not None:
-            query_sbnd, key_sbkd = self.query_norm(query_sbnd), self.key_norm(key_sbkd)
-        if self.rotary is not None:
-            query_sbnd = self.rotary(query_sbnd, context.offset, context.position_ids)
-            key_sbkd = self.rotary(key_sbkd, context.offset, context.position_ids)
+        query_sbnd, key_sbkd, value_sbkd = self._heads(hidden, context)
         if context.cache is not None:
             key_sbkd, value_sbkd = context.cache.append(self.layer, key_sbkd, value_sbkd)
         dropout = self.dropout if self.training else 0.0
@@ -98,3 +96,15 @@ class Attention(nn.Module):
                 mask=context.attention_mask,
             )
         return self.output(attended_sbnd.flatten(2))
+
+    def _heads(self, hidden: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Make query [s, b, n, d], key and value [s, b, k, d], at their positions."""
+        where = (context.offset, context.position_ids)
+        if self.rotary is not None and self.query_norm is None and self.qkv.is_grouped:
+            return self.rotary.split(self.qkv.product(hidden), self.qkv.key_value_heads, self.head_size, *where)
+        query_sbnd, key_sbkd, value_sbkd = self.qkv(hidden)
+        if self.query_norm is not None and self.key_norm is not None:
+            query_sbnd, key_sbkd = self.query_norm(query_sbnd), self.key_norm(key_sbkd)
+        if self.rotary is not None:
+            query_sbnd, key_sbkd = self.rotary(query_sbnd, *where), self.rotary(key_sbkd, *where)
+        return query_sbnd, key_sbkd, value_sbkd

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
+from megatron.kernels.choice import PLAIN, Kernels
 from megatron.model.attention import Attention
 from megatron.model.context import Context
 from megatron.model.dropout import HiddenDropout
@@ -32,19 +33,30 @@ class Block(nn.Module):
         attend: Callable[..., Tensor],
         rotary: Rotary | None,
         sequence_parallel: bool = False,
+        kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
         shards = group.sequence_shards(sequence_parallel)
-        self.attention_norm = Norm(config, config.hidden_size, shards=shards)
+        self.attention_norm = Norm(config, config.hidden_size, shards=shards, kernels=kernels)
         self.attention = Attention(
-            config, layer=layer, group=group, attend=attend, rotary=rotary, sequence_parallel=sequence_parallel
+            config,
+            layer=layer,
+            group=group,
+            attend=attend,
+            rotary=rotary,
+            sequence_parallel=sequence_parallel,
+            kernels=kernels,
         )
-        self.mlp_norm = Norm(config, config.hidden_size, shards=shards)
-        self.mlp = MLP(config, group=group, sequence_parallel=sequence_parallel)
-        self.dropout = HiddenDropout(config.hidden_dropout, shards=shards)
+        self.mlp_norm = Norm(config, config.hidden_size, shards=shards, kernels=kernels)
+        self.mlp = MLP(config, group=group, sequence_parallel=sequence_parallel, kernels=kernels)
+        self.dropout = HiddenDropout(config.hidden_dropout, shards=shards, kernels=kernels)
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """[s, b, h] to [s, b, h], in the dtype of the residual stream."""
-        hidden = hidden + self.dropout(self.attention(self.attention_norm(hidden), context))
-        hidden = hidden + self.dropout(self.mlp(self.mlp_norm(hidden)))
-        return hidden
+        attended = self.attention(self.attention_norm(hidden), context)
+        if self.dropout.is_idle:  # then the sum and its norm are one operation
+            hidden, normed = self.mlp_norm.add(hidden, attended)
+        else:
+            hidden = self.dropout(attended, hidden)
+            normed = self.mlp_norm(hidden)
+        return self.dropout(self.mlp(normed), hidden)

@@ -1,10 +1,10 @@
-"""Dropout on hidden states."""
+"""Dropout on hidden states, and the residual sum after it."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from megatron.kernels.choice import PLAIN, Kernels
 from megatron.parallel.groups import Group
 from megatron.parallel.random import rank_stream
 
@@ -15,17 +15,34 @@ class HiddenDropout(nn.Module):
     Args:
         probability: of an element to become zero.
         shards: the ranks that each hold another part of the sequence and must drop apart; a group of one when all hold
-            the same hidden states and must drop alike.
+            the same hidden states and must drop alike. Fused, the parts of the sequence are dropped as the whole is on
+            one rank.
+        kernels: what computes it.
     """
 
-    def __init__(self, probability: float, *, shards: Group) -> None:
+    def __init__(self, probability: float, *, shards: Group, kernels: Kernels = PLAIN) -> None:
         super().__init__()
+        self.kernels = kernels
         self.probability = probability
         self.shards = shards
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Drop elements of a tensor of any shape; in evaluation it comes back as it is."""
-        if not self.training or self.probability == 0.0:
-            return hidden
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is dropped: in evaluation, or with a probability of zero."""
+        return not self.training or self.probability == 0.0
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Drop elements of [s, b, h], and add what is left to a residual stream where there is one.
+
+        In evaluation nothing is dropped, and without a stream the tensor comes back as it is.
+        """
+        if self.is_idle:
+            return hidden if residual is None else residual + hidden
+        drop = self.kernels.dropout_add
+        if self.kernels.drops_by_place:
+            before = self.shards.rank * hidden.numel()  # elements that ranks with earlier parts of the sequence hold
+            total: Tensor = drop(hidden, residual, self.probability, first=before)
+            return total
         with rank_stream(self.shards, hidden.device):
-            return F.dropout(hidden, self.probability)
+            total = drop(hidden, residual, self.probability)
+        return total

@@ -15,6 +15,8 @@ from megatron.config.model import ModelConfig
 from megatron.kernels.attention.interface import AttentionBackend
 from megatron.kernels.attention.mask import and_causal
 from megatron.kernels.attention.pick import AttentionUnavailableError
+from megatron.kernels.attention.unfused import with_softmax
+from megatron.kernels.choice import PLAIN, Kernels
 from megatron.model.block import Block
 from megatron.model.context import Context, KeyValueCache
 from megatron.model.embedding import Positions, WordEmbedding
@@ -47,6 +49,7 @@ class GPT(nn.Module):
         recompute_granularity: "none", or "full": backward computes blocks again instead of keeping their activations.
         recompute_num_layers: blocks that are kept or computed again as one unit.
         loss_chunk_size: tokens whose logits exist at a time where the loss is computed; 0: all of them.
+        kernels: what computes norms, activations and the like.
     """
 
     def __init__(
@@ -60,13 +63,15 @@ class GPT(nn.Module):
         recompute_granularity: str = "none",
         recompute_num_layers: int = 1,
         loss_chunk_size: int = 0,
+        kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
         self.config = config
+        self.kernels = kernels
         self.vocab_size = vocab_size
         self.padded_vocab_size = padded_vocab_size(vocab_size, config.make_vocab_size_divisible_by)
         self.groups = groups
-        self.attention = attention
+        self.attention = with_softmax(attention, kernels.scaled_softmax)
         self.sequence_parallel = sequence_parallel
         self.recompute_unit = recompute_num_layers if recompute_granularity == "full" else 0
         self.loss_chunk_size = loss_chunk_size
@@ -83,9 +88,9 @@ class GPT(nn.Module):
         hidden, rows, padding = config.hidden_size, self.padded_vocab_size, self.padded_vocab_size - self.vocab_size
         embedding = WordEmbedding(rows, hidden, vocab_size=self.vocab_size, group=group, sequence_parallel=sharded)
         attend = UlyssesAttention(self.attention.attend, self.groups.ulysses)
-        rotary = Rotary.from_config(config) if config.position_embedding_type == "rope" else None
+        rotary = Rotary.from_config(config, self.kernels) if config.position_embedding_type == "rope" else None
         yield embedding
-        yield Positions(config, group=group, sequence_parallel=sharded)
+        yield Positions(config, group=group, sequence_parallel=sharded, kernels=self.kernels)
         for layer in range(config.num_layers):
             yield Block(
                 config,
@@ -94,8 +99,9 @@ class GPT(nn.Module):
                 attend=attend,
                 rotary=rotary,
                 sequence_parallel=sharded,
+                kernels=self.kernels,
             )
-        yield Norm(config, hidden, shards=group.sequence_shards(sharded))
+        yield Norm(config, hidden, shards=group.sequence_shards(sharded), kernels=self.kernels)
         if config.untie_embeddings_and_output_weights:
             yield OutputHead(hidden, rows, bias=False, group=group, padding=padding, sequence_parallel=sharded)
         else:
@@ -160,7 +166,14 @@ class GPT(nn.Module):
 
     def loss(self, logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) -> Tensor:
         """Sum the token losses of logits [s, b, v/t]; labels and mask are those of `forward`."""
-        return masked_loss(logits, labels, loss_mask, vocab_size=self.vocab_size, group=self.groups.tensor)
+        return masked_loss(
+            logits,
+            labels,
+            loss_mask,
+            vocab_size=self.vocab_size,
+            group=self.groups.tensor,
+            kernels=self.kernels,
+        )
 
     def run_to_loss(
         self, x: Tensor, context: Context, part: range, labels: Tensor, loss_mask: Tensor | None = None
@@ -179,6 +192,7 @@ class GPT(nn.Module):
             group=self.groups.tensor,
             chunk_size=self.loss_chunk_size,
             sequence_parallel=self.sequence_parallel,
+            kernels=self.kernels,
         )
         return self.run_part(x, replace(context, head_loss=head_loss), part)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
-from megatron.kernels.activation import ACTIVATIONS
+from megatron.kernels.choice import PLAIN, Kernels
 from megatron.parallel.groups import Group
 from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
@@ -13,10 +13,13 @@ from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
 class MLP(nn.Module):
     """down(activation(up)); a gated one takes gate and up from one product, [gate; up]."""
 
-    def __init__(self, config: ModelConfig, *, group: Group, sequence_parallel: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, *, group: Group, sequence_parallel: bool = False, kernels: Kernels = PLAIN
+    ) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.ffn_hidden_size, config.add_bias_linear
-        self.activation = ACTIVATIONS[config.activation_function]
+        self.activation = kernels.activations[config.activation_function]
+        self.activation_adds_bias = kernels.adds_bias
         blocks = 2 if config.gated else 1
         self.up = ColumnParallelLinear(
             hidden, blocks * inner, bias=bias, group=group, blocks=blocks, sequence_parallel=sequence_parallel
@@ -27,4 +30,6 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[s, b, h] to [s, b, h]; shards [s/t, b, h] to such with sequence parallelism."""
+        if self.activation_adds_bias:
+            return self.down(self.activation(self.up.product(hidden), self.up.bias))
         return self.down(self.activation(self.up(hidden)))

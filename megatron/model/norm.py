@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
-from megatron.kernels.norm import layer_norm, rms_norm
+from megatron.kernels.choice import PLAIN, Kernels
 from megatron.model.context import Context
 from megatron.parallel.collectives import sum_gradient
 from megatron.parallel.groups import Group
@@ -21,23 +23,37 @@ class Norm(nn.Module):
         size: number of channels.
         shards: the ranks that each apply this replicated norm to their part of the activations, whose gradients sum up;
             a group of one when every rank applies it to the same ones.
+        kernels: what computes it.
     """
 
-    def __init__(self, config: ModelConfig, size: int, *, shards: Group | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, size: int, *, shards: Group | None = None, kernels: Kernels = PLAIN
+    ) -> None:
         super().__init__()
+        self.kernels = kernels
+        self.centred = config.normalization == "layernorm"
         self.epsilon = config.norm_epsilon
         self.shards = shards or Group.alone()
         self.weight_offset = 1.0 if config.apply_layernorm_1p else 0.0
         self.weight = nn.Parameter(torch.empty(size))
         mark_init(self.weight, "zeros" if config.apply_layernorm_1p else "ones")
-        self.bias = nn.Parameter(torch.empty(size)) if config.normalization == "layernorm" else None
+        self.bias = nn.Parameter(torch.empty(size)) if self.centred else None
         if self.bias is not None:
             mark_init(self.bias, "zeros")
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Normalise [..., size]."""
-        weight = sum_gradient(self.weight, self.shards)
-        if self.bias is None:
-            return rms_norm(x, weight, self.epsilon, weight_offset=self.weight_offset)
-        bias = sum_gradient(self.bias, self.shards)
-        return layer_norm(x, weight, bias, self.epsilon, weight_offset=self.weight_offset)
+        normed: Tensor = self.kernels.norm(x, *self._parameters_of_sum(), **self._settings())
+        return normed
+
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Add `delta` to a residual stream [..., size]; return the sum and its norm."""
+        stream, normed = self.kernels.add_norm(x, delta, *self._parameters_of_sum(), **self._settings())
+        return stream, normed
+
+    def _parameters_of_sum(self) -> tuple[Tensor, Tensor | None]:
+        bias = None if self.bias is None else sum_gradient(self.bias, self.shards)
+        return sum_gradient(self.weight, self.shards), bias
+
+    def _settings(self) -> dict[str, Any]:
+        return {"epsilon": self.epsilon, "weight_offset": self.weight_offset, "centred": self.centred}

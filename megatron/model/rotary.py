@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron.config.model import ModelConfig
+from megatron.kernels.choice import PLAIN, Kernels
 from megatron.kernels.constant import cached_constant
-from megatron.kernels.rotary import apply_rotary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,26 +24,48 @@ class Rotary:
     """Factor on the tables."""
     interleaved: bool
     table_length: int
+    kernels: Kernels = PLAIN
+    """What computes it."""
 
     @classmethod
-    def from_config(cls, config: ModelConfig) -> Rotary:
+    def from_config(cls, config: ModelConfig, kernels: Kernels = PLAIN) -> Rotary:
         """Read the rotary fields of the section, which must be complete."""
         return cls(
             frequencies=tuple(rotary_frequencies(config).tolist()),
             scale=config.rotary_attention_factor if config.rotary_scaling_type == "yarn" else 1.0,
             interleaved=config.rotary_interleaved,
             table_length=config.max_position_embeddings,
+            kernels=kernels,
         )
 
     def __call__(self, x_sbnd: Tensor, offset: int = 0, position_ids_bs: Tensor | None = None) -> Tensor:
         """Rotate heads that stand at `position_ids_bs`, or at offset, offset + 1, ... when there are none."""
-        needed = offset + x_sbnd.shape[0]
+        where = self._where(x_sbnd, offset, position_ids_bs)
+        rotated: Tensor = self.kernels.rotary(x_sbnd, **where)
+        return rotated
+
+    def split(
+        self,
+        product_sbc: Tensor,
+        groups: int,
+        head_size: int,
+        offset: int = 0,
+        position_ids_bs: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cut a product [s, b, groups x [queries; key; value]] into its heads and rotate the queries and keys."""
+        where = self._where(product_sbc, offset, position_ids_bs)
+        query, key, value = self.kernels.split_rotary(product_sbc, groups=groups, head_size=head_size, **where)
+        return query, key, value
+
+    def _where(self, x: Tensor, offset: int, position_ids_bs: Tensor | None) -> dict[str, Any]:
+        """Find the rows of the tables for x, [s, b, ...]."""
+        needed = offset + x.shape[0]
         # Rounded up, so that generating past the table's length makes few tables instead of one a token.
         length = self.table_length if needed <= self.table_length else 1 << (needed - 1).bit_length()
-        cos, sin = rotary_tables(self.frequencies, self.scale, length, x_sbnd.device)
+        cos, sin = rotary_tables(self.frequencies, self.scale, length, x.device)
         if position_ids_bs is None:
             cos, sin = cos[offset:], sin[offset:]
-        return apply_rotary(x_sbnd, cos, sin, interleaved=self.interleaved, position_ids_bs=position_ids_bs)
+        return {"cos_pr": cos, "sin_pr": sin, "interleaved": self.interleaved, "position_ids_bs": position_ids_bs}
 
 
 @cached_constant(maxsize=16)

@@ -6,7 +6,7 @@ Legend: s sequence, b micro-batch, n = s * b tokens, v padded vocabulary, t rank
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,28 @@ CHUNK_ELEMENTS = 2**25
 """Logits that are in fp32 at a time: 128 MiB at a time, enough work to hide what a launch costs."""
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, labels_sb: Tensor, group: Group, vocab_size: int) -> Tensor:
+class ShardedSoftmax(Protocol):
+    """The two passes over one rank's columns of the logits, rows [n, v/t], that a cross entropy consists of.
+
+    Columns from `num_tokens` on are padding. A label's column outside of 0 .. num_tokens - 1 is on another rank.
+    """
+
+    def serves(self, rows: Tensor) -> bool:
+        """Whether it can work on such logits."""
+
+    def statistics(self, rows: Tensor, columns: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return, fp32 [n] each: the highest logit (-inf of none), the sum of exp(logit - highest), the label's logit.
+
+        The last is 0 where the label is not here.
+        """
+
+    def gradient(self, rows: Tensor, columns: Tensor, log_sum: Tensor, scale: Tensor, num_tokens: int) -> Tensor:
+        """Return scale (exp(logit - log_sum) - [column is the label's]), zero in padding; it may overwrite `rows`."""
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor, labels_sb: Tensor, group: Group, vocab_size: int, softmax: ShardedSoftmax | None = None
+) -> Tensor:
     """Negative log-likelihood of each label: log(sum over j < vocab_size of exp(logit_j)) - logit_label.
 
     Computed in fp32 whatever the dtype of the logits. Between forward and backward only the logits are kept, in their
@@ -34,11 +55,15 @@ def vocab_parallel_cross_entropy(logits: Tensor, labels_sb: Tensor, group: Group
         group: the ranks that share the vocabulary.
         vocab_size: columns that are tokens. Those from there on, of all ranks together, are padding: they take no part
             in the softmax and their gradient is zero, so that padding changes neither loss nor gradients.
+        softmax: computes the passes over the logits; by default plain torch, in chunks. One that overwrites the logits
+            with their gradient makes a second backward an error.
 
     Returns:
         fp32 [s, b], the same on every rank.
     """
-    loss: Tensor = _VocabParallelCrossEntropy.apply(logits, labels_sb, group, vocab_size)
+    if softmax is None or not softmax.serves(logits):
+        softmax = PlainSoftmax()
+    loss: Tensor = _VocabParallelCrossEntropy.apply(logits, labels_sb, group, vocab_size, softmax)
     return loss
 
 
@@ -49,52 +74,75 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels_sb: Tensor, group: Group, vocab_size: int) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, labels_sb: Tensor, group: Group, vocab_size: int, softmax: ShardedSoftmax
+    ) -> Tensor:
         rows = logits.flatten(0, -2)
         first = group.rank * rows.shape[1]
         num_tokens = min(max(vocab_size - first, 0), rows.shape[1])
         columns = labels_sb.flatten() - first
-        is_here = (columns >= 0) & (columns < num_tokens)
-        columns = columns.masked_fill(~is_here, 0)
 
-        highest = _highest(rows[:, :num_tokens], group)
-        exp_sums = [_exp_shifted(rows[chunk, :num_tokens], highest[chunk]).sum(dim=1) for chunk in _chunks(rows)]
-        label_logits = rows.gather(1, columns.unsqueeze(1)).squeeze(1).float().masked_fill(~is_here, 0.0)
-        exp_sum, label_logit = reduce_from_group(torch.stack([torch.cat(exp_sums), label_logits]), group)
+        own_highest, exp_sum, label_logit = softmax.statistics(rows, columns, num_tokens)
+        highest = own_highest
+        if group.size > 1:
+            highest = own_highest.clone()
+            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group.handle)
+            exp_sum = exp_sum * (own_highest - highest).exp()
+        exp_sum, label_logit = reduce_from_group(torch.stack([exp_sum, label_logit]), group)
         log_sum = highest + exp_sum.log()
 
-        ctx.save_for_backward(logits, columns, is_here, log_sum)
-        ctx.num_tokens = num_tokens
+        ctx.save_for_backward(logits, columns, log_sum)
+        ctx.num_tokens, ctx.softmax = num_tokens, softmax
         return (log_sum - label_logit).view_as(labels_sb)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, columns, is_here, log_sum = ctx.saved_tensors
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits, columns, log_sum = ctx.saved_tensors
         rows = logits.flatten(0, -2)
+        grad = ctx.softmax.gradient(rows, columns, log_sum, grad_loss.flatten(), ctx.num_tokens)
+        return grad.view_as(logits), None, None, None, None
+
+
+class PlainSoftmax:
+    """`ShardedSoftmax` in plain torch, a chunk of rows at a time."""
+
+    def serves(self, rows: Tensor) -> bool:
+        """Serve everything."""
+        return True
+
+    def statistics(self, rows: Tensor, columns: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `ShardedSoftmax`."""
+        if num_tokens == 0:
+            none = torch.zeros(rows.shape[0], device=rows.device)
+            return none - float("inf"), none, none
+        is_here, columns = _here(columns, num_tokens)
+        highest = rows[:, :num_tokens].amax(dim=1).float()
+        shift = highest.clamp(min=torch.finfo(torch.float32).min)  # a row of -inf has no share, which is not NaN
+        exp_sums = [_exp_shifted(rows[chunk, :num_tokens], shift[chunk]).sum(dim=1) for chunk in _chunks(rows)]
+        label_logits = rows.gather(1, columns.unsqueeze(1)).squeeze(1).float()
+        return highest, torch.cat(exp_sums), label_logits.masked_fill(~is_here, 0.0)
+
+    def gradient(self, rows: Tensor, columns: Tensor, log_sum: Tensor, scale: Tensor, num_tokens: int) -> Tensor:
+        """See `ShardedSoftmax`; the logits stay as they are."""
         grad = torch.empty_like(rows)
-        grad[:, ctx.num_tokens :] = 0.0
-        if ctx.num_tokens == 0:
-            return grad.view_as(logits), None, None, None
-        scale = grad_loss.flatten().unsqueeze(1)
+        grad[:, num_tokens:] = 0.0
+        if num_tokens == 0:
+            return grad
+        is_here, columns = _here(columns, num_tokens)
         minus_label = -is_here.float().unsqueeze(1)
         for chunk in _chunks(rows):
-            softmax = _exp_shifted(rows[chunk, : ctx.num_tokens], log_sum[chunk])
+            softmax = _exp_shifted(rows[chunk, :num_tokens], log_sum[chunk])
             softmax.scatter_add_(1, columns[chunk].unsqueeze(1), minus_label[chunk])
-            torch.mul(softmax, scale[chunk], out=grad[chunk, : ctx.num_tokens])  # casts as it writes
+            torch.mul(softmax, scale[chunk].unsqueeze(1), out=grad[chunk, :num_tokens])  # casts as it writes
             del softmax  # else it lives while the next one is made
-        return grad.view_as(logits), None, None, None
+        return grad
 
 
-def _highest(rows: Tensor, group: Group) -> Tensor:
-    """Largest logit of each row over all ranks, fp32 [n]: subtracted, it keeps every exponential at one or below."""
-    if rows.shape[1]:
-        highest = rows.amax(dim=1).float()
-    else:
-        highest = torch.full((rows.shape[0],), float("-inf"), device=rows.device)
-    if group.size > 1:
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group.handle)
-    return highest
+def _here(columns: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Tell which labels are among these columns, and give the others a column that can be read."""
+    is_here = (columns >= 0) & (columns < num_tokens)
+    return is_here, columns.masked_fill(~is_here, 0)
 
 
 def _exp_shifted(rows: Tensor, shift: Tensor) -> Tensor:

@@ -81,8 +81,12 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [s, b, out/t] for an input of [s, b, in], or [s/t, b, in] with sequence parallelism."""
+        return self.product(input, self.bias)
+
+    def product(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Do as `forward`, with this bias, or none for a caller that adds it later."""
         return column_parallel_product(
-            input, self.weight, self.bias, group=self.group, sequence_parallel=self.sequence_parallel
+            input, self.weight, bias, group=self.group, sequence_parallel=self.sequence_parallel
         )
 
 

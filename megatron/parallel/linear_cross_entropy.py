@@ -12,52 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.parallel.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
+from megatron.parallel.cross_entropy import PlainSoftmax, ShardedSoftmax
 from megatron.parallel.groups import Group
-
-
-class ShardedSoftmax(Protocol):
-    """The two passes over one rank's columns of the logits, rows [n, v/t], that a cross entropy consists of.
-
-    Columns from `num_tokens` on are padding. A label's column outside of 0 .. num_tokens - 1 is on another rank.
-    """
-
-    def statistics(self, rows: Tensor, columns: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return highest logit (-inf of none), sum of exp(logit - highest), label's logit or 0, fp32 [n] each."""
-
-    def gradient(self, rows: Tensor, columns: Tensor, log_sum: Tensor, scale: Tensor, num_tokens: int) -> Tensor:
-        """Return scale (exp(logit - log_sum) - [column is the label's]), zero in padding; it may overwrite `rows`."""
-
-
-class PlainSoftmax:
-    """`ShardedSoftmax` in plain torch."""
-
-    def statistics(self, rows: Tensor, columns: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """See `ShardedSoftmax`."""
-        here = (columns >= 0) & (columns < num_tokens)
-        wide = rows[:, :num_tokens].float()
-        highest = wide.amax(dim=1) if num_tokens else wide.new_full(wide.shape[:1], float("-inf"))
-        label = rows.gather(1, columns.masked_fill(~here, 0).unsqueeze(1)).squeeze(1).float().masked_fill(~here, 0.0)
-        return highest, (wide - highest.unsqueeze(1)).exp().sum(dim=1), label
-
-    def gradient(self, rows: Tensor, columns: Tensor, log_sum: Tensor, scale: Tensor, num_tokens: int) -> Tensor:
-        """See `ShardedSoftmax`."""
-        here = (columns >= 0) & (columns < num_tokens)
-        wide = (rows[:, :num_tokens].float() - log_sum.unsqueeze(1)).exp_()
-        if num_tokens:
-            wide.scatter_add_(1, columns.masked_fill(~here, 0).unsqueeze(1), -here.float().unsqueeze(1))
-        torch.mul(wide, scale.unsqueeze(1), out=rows[:, :num_tokens])
-        rows[:, num_tokens:] = 0.0
-        return rows
-
-
-PLAIN_SOFTMAX = PlainSoftmax()
 
 FP16_LIFT = 256.0
 """Factor on unit gradients in fp16. They are made before the loss scale is known; without it those of unlikely tokens,
@@ -74,7 +37,7 @@ def linear_cross_entropy(
     vocab_size: int,
     chunk_size: int,
     sequence_parallel: bool = False,
-    softmax: ShardedSoftmax = PLAIN_SOFTMAX,
+    softmax: ShardedSoftmax | None = None,
 ) -> Tensor:
     """Sum over tokens of loss mask x -log softmax(hidden weight^T)[label], an fp32 scalar, the same on every rank.
 
@@ -92,14 +55,14 @@ def linear_cross_entropy(
         chunk_size: tokens whose logits exist at a time. A chunk is made of whole positions, of every rank's shard with
             sequence parallelism, and has one at least.
         sequence_parallel: whether `hidden` is a shard of the sequence.
-        softmax: the passes over the logits of a chunk.
+        softmax: computes the passes over the logits of a chunk; by default plain torch.
     """
     job = _Job(
         group=group,
         vocab_size=vocab_size,
         chunk_size=chunk_size,
         pieces=group.size if sequence_parallel else 1,
-        softmax=softmax,
+        softmax=softmax if softmax is not None and softmax.serves(hidden) else PlainSoftmax(),
         wants_gradients=torch.is_grad_enabled(),
     )
     if loss_mask_sb is None:

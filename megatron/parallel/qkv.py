@@ -79,15 +79,24 @@ class QueryKeyValueLinear(nn.Module):
             mark_sharded(self.bias, 0, group, (features,), blocks=blocks, groups=key_value_heads)
             mark_init(self.bias, "zeros")
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether `product` holds whole groups of [query heads; key; value]: no head is spread over ranks."""
+        return self.sharers == 1
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """Multiply [s, b, h] hidden states, or [s/t, b, h] with sequence parallelism, by this rank's rows."""
+        return column_parallel_product(
+            hidden, self.weight, self.bias, group=self.group, sequence_parallel=self.sequence_parallel
+        )
+
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Multiply [s, b, h] hidden states, or [s/t, b, h] with sequence parallelism.
 
         Returns:
             query [s, b, n/t, d], key and value [s, b, k/t, d] ([s, b, 1, d] where there are more ranks than heads).
         """
-        product = column_parallel_product(
-            hidden, self.weight, self.bias, group=self.group, sequence_parallel=self.sequence_parallel
-        )
+        product = self.product(hidden)
         # One split and, at most, one exchange: their backward is one concatenation and one exchange.
         if self.sharers == 1:
             groups = product.unflatten(-1, (self.key_value_heads, -1, self.head_size))

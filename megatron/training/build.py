@@ -23,6 +23,7 @@ from megatron.engine.launch import RankEnvironment
 from megatron.engine.settings import build_settings
 from megatron.kernels.attention.interface import AttentionBackend, AttentionRequest
 from megatron.kernels.attention.pick import pick_attention
+from megatron.kernels.choice import PLAIN, Kernels, choose_kernels
 from megatron.model.flops import hardware_flops_per_token, model_flops_per_token
 from megatron.model.gpt import GPT, padded_vocab_size
 from megatron.model.init import initialize_parameters
@@ -89,10 +90,11 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
             attention=attention,
             say=reporter.say,
         )
+        kernels, kernels_reason = choose_kernels(config.kernels, place.device.type)
         pipelined = place.groups.pipeline.size > 1
         model_device = torch.device("meta") if pipelined else place.device
-        model = build_model(config, tokenizer.vocab_size, place.groups, attention, model_device)
-        for sentence in _describe(config, plan, place, model, f"{attention.name}, {reason}"):
+        model = build_model(config, tokenizer.vocab_size, place.groups, attention, model_device, kernels)
+        for sentence in _describe(config, plan, place, model, f"{attention.name}, {reason}", kernels_reason):
             reporter.say(sentence)
         engine = (_build_pipeline if pipelined else _build_flat)(config, model, place)
         resources.callback(engine.close)
@@ -118,7 +120,12 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
 
 
 def build_model(
-    config: RunConfig, vocab_size: int, groups: ParallelGroups, attention: AttentionBackend, device: torch.device
+    config: RunConfig,
+    vocab_size: int,
+    groups: ParallelGroups,
+    attention: AttentionBackend,
+    device: torch.device,
+    kernels: Kernels = PLAIN,
 ) -> GPT:
     """Make the model, in fp32, with empty weights: without any memory on the device "meta"."""
     with device:
@@ -131,6 +138,7 @@ def build_model(
             recompute_granularity=config.kernels.recompute_granularity,
             recompute_num_layers=config.kernels.recompute_num_layers,
             loss_chunk_size=config.kernels.loss_chunk_size,
+            kernels=kernels,
         )
     return model
 
@@ -288,7 +296,7 @@ def _build_checkpoints(config: RunConfig, place: Place) -> CheckpointWriter | No
     )
 
 
-def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, attention: str) -> Iterator[str]:
+def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, attention: str, kernels: str) -> Iterator[str]:
     """Say once, at the start, what was chosen."""
     size = sum(math.prod(sharding.logical_shape) for sharding in describe_sharding(model).values())
     training = config.training
@@ -300,6 +308,7 @@ def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, attention
         shards = ", sequence_parallel" if config.parallel.sequence_parallel else ""
         yield f" layout: {', '.join(layout)}{shards}"
     yield f" attention: {attention}"
+    yield f" kernels: {kernels}"
     if config.parallel.stage_blocks is not None:
         yield describe_pipeline(config.parallel.stage_blocks, training.global_batch_size // plan.samples_per_micro_step)
     if plan.total_samples is not None:

@@ -91,9 +91,9 @@ def test_ignored_flag_changes_nothing_and_says_why_once(name: str) -> None:
 
 
 def test_flags_ignored_for_one_reason_share_a_note() -> None:
-    notes = load_run_config(legal("--no-bias-gelu-fusion", "--no-bias-dropout-fusion", "--mmap-warmup")).notes
+    notes = load_run_config(legal("--no-persist-layer-norm", "--disable-mem-efficient-ln", "--mmap-warmup")).notes
     assert len(notes) == 2
-    assert notes[0].startswith("--no-bias-gelu-fusion, --no-bias-dropout-fusion are ignored: ")
+    assert notes[0].startswith("--no-persist-layer-norm, --disable-mem-efficient-ln are ignored: ")
 
 
 @pytest.mark.parametrize("name", by_fate(Refused))

@@ -34,7 +34,7 @@ def emulated_kernel(name: str) -> ModuleType:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             _compile(name, target)
-    return build.load_file(name, target)
+    return build.load_file(f"emulated_kernels.{name}", target)
 
 
 def _compile(name: str, target: Path) -> None:

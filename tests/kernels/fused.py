@@ -11,38 +11,17 @@ from megatron.kernels import activation, cross_entropy, dropout, norm, operator,
 from tests.kernels.emulated import emulated_kernel, why_not
 
 HALF = (torch.bfloat16, torch.float16)
-OPERATORS = {
-    "norm": norm._norm_cuda,
-    "add_norm": norm._add_norm_cuda,
-    "norm_backward": norm._norm_backward_cuda,
-    "activation": activation._activation_cuda,
-    "activation_backward": activation._activation_backward_cuda,
-    "rotate": rotary._rotate_cuda,
-    "split_rotated": rotary._split_cuda,
-    "join_rotated": rotary._join_cuda,
-    "cross_entropy_statistics": cross_entropy._statistics_cuda,
-    "cross_entropy_gradient_": cross_entropy._gradient_cuda,
-    "dropout_add": dropout._dropout_add_cuda,
-    "dropout_add_backward": dropout._backward_cuda,
-    "scaled_softmax": softmax._softmax_cuda,
-    "scaled_softmax_backward": softmax._backward_cuda,
-}
+MODULES = (norm, activation, rotary, cross_entropy, dropout, softmax)
 
 
 @contextlib.contextmanager
 def kernels_on_the_cpu():
     """Within the context operators on CPU tensors run the emulated CUDA kernels."""
-    modules = (norm, activation, rotary, cross_entropy, dropout, softmax)
     with pytest.MonkeyPatch.context() as patch:
-        for module in modules:
+        for module in MODULES:
             patch.setattr(module, "load_kernel", emulated_kernel)
-        library = torch.library.Library(operator.NAMESPACE, "IMPL")
-        for name, function in OPERATORS.items():
-            library.impl(name, function, "CPU", allow_override=True)
-        try:
-            yield
-        finally:
-            library._destroy()
+        patch.setattr(operator, "goes_straight", lambda _: True)
+        yield
 
 
 @contextlib.contextmanager

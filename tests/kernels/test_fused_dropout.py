@@ -173,5 +173,5 @@ def test_a_captured_graph_draws_anew_in_each_replay():
 def test_operators_keep_what_they_promise_torch():
     x, bias = draw((3, 2, 16)).requires_grad_(), draw((16,)).requires_grad_()
     residual, key = draw((3, 2, 16)).requires_grad_(), torch.tensor([7])
-    opcheck(dropout._dropout_add, (x, bias, residual, key, 16, 0.5))
-    opcheck(dropout._dropout_add, (x, None, None, key, 0, 0.5))
+    opcheck(dropout._dropout_add.overload, (x, bias, residual, key, 16, 0.5))
+    opcheck(dropout._dropout_add.overload, (x, None, None, key, 0, 0.5))

@@ -170,6 +170,8 @@ __attribute__((weak)) cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceA
 
 namespace megatron {
 
+inline float fast_exp2(float x) { return std::exp2(x); }
+
 inline void wait_for_group(int barrier, int threads) {
   emulated::arrive(emulated::barriers[barrier], [threads] { return threads; });
 }

@@ -30,7 +30,8 @@ __device__ __forceinline__ Normal normal(float x) {
   } else {
     // The tail is exp(-x^2 / 2) times a polynomial in t = 1 / (1 + 0.45 |x|), fitted here to a relative error below
     // 8e-6, far below the half types' own; one exponential serves the density too.
-    const float exponential = __expf(-0.5f * x * x), t = __fdividef(1.0f, fmaf(0.45f, fabsf(x), 1.0f));
+    constexpr float kHalfLog2E = 0.72134752044448170f;
+    const float exponential = fast_exp2(-kHalfLog2E * x * x), t = __fdividef(1.0f, fmaf(0.45f, fabsf(x), 1.0f));
     float sum = 0.06816192f;
     sum = fmaf(sum, t, -0.23557858f);
     sum = fmaf(sum, t, 0.19633586f);
@@ -69,6 +70,9 @@ __device__ __forceinline__ Point curve(float x) {
 
 __host__ __device__ constexpr bool is_gated(int kind) { return kind >= kSwiglu; }
 
+// Blocks of backward that a multiprocessor works on at once: those of gated kinds need more registers.
+__host__ __device__ constexpr int backward_blocks(int kind) { return is_gated(kind) ? 3 : kBlocksEach; }
+
 struct Rows {
   std::int64_t begin, end;
 };
@@ -77,49 +81,69 @@ __device__ __forceinline__ Rows rows_of_chunk(std::int64_t rows, int chunks) {
   return {rows * blockIdx.y / chunks, rows * (blockIdx.y + 1) / chunks};
 }
 
+// What a thread holds of kRows rows, kWarps apart: its vectors of x, one in each block of columns.
+template <typename T, int kSize, int kBlocks, int kRows>
+struct Part {
+  Packed<T, kSize> x[kRows][kBlocks];
+
+  __device__ __forceinline__ void load(const T* from, std::int64_t first, std::int64_t end, int columns, int column) {
+    const std::int64_t width = static_cast<std::int64_t>(kBlocks) * columns;
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      const std::int64_t row = first + n * kWarps;
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        if (row < end) x[n][block] = Packed<T, kSize>::load(from + row * width + block * columns + column);
+      }
+    }
+  }
+};
+
 template <typename T, int kSize, int kBlocks>
-__device__ __forceinline__ void load_bias(const T* bias, int columns, int column, float (&out)[kBlocks][kSize]) {
+__device__ __forceinline__ void load_bias(const T* bias, int columns, int column, Packed<T, kSize> (&out)[kBlocks]) {
 #pragma unroll
   for (int block = 0; block < kBlocks; ++block) {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) out[block][i] = 0.0f;
-    if (bias != nullptr) Packed<T, kSize>::load(bias + block * columns + column).unpack(out[block]);
+    out[block] = bias == nullptr ? Packed<T, kSize>::zeros() : Packed<T, kSize>::load(bias + block * columns + column);
   }
+}
+
+template <typename T, int kSize>
+__device__ __forceinline__ void unpack_sum(const Packed<T, kSize>& x, const Packed<T, kSize>& bias,
+                                           float (&out)[kSize]) {
+  float more[kSize];
+  x.unpack(out);
+  bias.unpack(more);
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) out[i] += more[i];
 }
 
 template <typename T, int kSize, int kKind>
 __global__ void __launch_bounds__(kWarp* kWarps, kBlocksEach) forward(Activation call) {
-  constexpr int kBlocks = is_gated(kKind) ? 2 : 1, kAtOnce = 4 / kBlocks;
+  constexpr int kBlocks = is_gated(kKind) ? 2 : 1, kRows = kBlocks == 2 ? 2 : 3;
   constexpr bool kExact = std::is_same_v<T, float>;
   const T* __restrict__ x = reinterpret_cast<const T*>(call.x);
   T* __restrict__ out = reinterpret_cast<T*>(call.out);
   const int column = (blockIdx.x * kWarp + threadIdx.x) * kSize;
   if (column >= call.columns) return;
-  float bias[kBlocks][kSize];
+  Packed<T, kSize> bias[kBlocks];
   load_bias<T, kSize, kBlocks>(reinterpret_cast<const T*>(call.bias), call.columns, column, bias);
   const Rows rows = rows_of_chunk(call.rows, call.chunks);
-  const std::int64_t width = static_cast<std::int64_t>(kBlocks) * call.columns;
-  for (std::int64_t start = rows.begin + threadIdx.y; start < rows.end; start += kAtOnce * kWarps) {
-    Packed<T, kSize> parts[kAtOnce][kBlocks];
+  Part<T, kSize, kBlocks, kRows> part, next;
+  next.load(x, rows.begin + threadIdx.y, rows.end, call.columns, column);
+  for (std::int64_t start = rows.begin + threadIdx.y; start < rows.end; start += kRows * kWarps) {
+    part = next;
+    next.load(x, start + kRows * kWarps, rows.end, call.columns, column);  // on its way while this one is computed
 #pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      const std::int64_t row = start + n * kWarps;
-#pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        if (row < rows.end) parts[n][block] = Packed<T, kSize>::load(x + row * width + block * call.columns + column);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
+    for (int n = 0; n < kRows; ++n) {
       const std::int64_t row = start + n * kWarps;
       if (row < rows.end) {
-        float gate[kSize], up[kSize], result[kSize];
-        parts[n][0].unpack(gate);
-        if constexpr (kBlocks == 2) parts[n][1].unpack(up);
+        float result[kSize], up[kSize];
+        unpack_sum(part.x[n][0], bias[0], result);
+        if constexpr (kBlocks == 2) unpack_sum(part.x[n][1], bias[1], up);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          result[i] = curve<kKind, kExact>(gate[i] + bias[0][i]).value;
-          if constexpr (kBlocks == 2) result[i] *= up[i] + bias[1][i];
+          result[i] = curve<kKind, kExact>(result[i]).value;
+          if constexpr (kBlocks == 2) result[i] *= up[i];
         }
         Packed<T, kSize>::pack(result).store(out + row * call.columns + column);
       }
@@ -128,45 +152,45 @@ __global__ void __launch_bounds__(kWarp* kWarps, kBlocksEach) forward(Activation
 }
 
 template <typename T, int kSize, int kKind>
-__global__ void __launch_bounds__(kWarp* kWarps, kBlocksEach) backward(Activation call) {
-  constexpr int kBlocks = is_gated(kKind) ? 2 : 1, kAtOnce = 2 / kBlocks;
-  constexpr bool kExact = std::is_same_v<T, float>;
+__global__ void __launch_bounds__(kWarp* kWarps, backward_blocks(kKind)) backward(Activation call) {
+  constexpr int kBlocks = is_gated(kKind) ? 2 : 1, kRows = 2 / kBlocks;
+  constexpr bool kExact = std::is_same_v<T, float>, kAhead = kBlocks == 2;
   __shared__ float shared[kWarps][kWarp * kSize];
   const T* __restrict__ x = reinterpret_cast<const T*>(call.x);
   const T* __restrict__ grad_out = reinterpret_cast<const T*>(call.grad_out);
   T* __restrict__ grad_x = reinterpret_cast<T*>(call.grad_x);
   const int column = (blockIdx.x * kWarp + threadIdx.x) * kSize;
   const bool is_here = column < call.columns;
-  float bias[kBlocks][kSize], sums[kBlocks][kSize] = {};
+  Packed<T, kSize> bias[kBlocks];
+  float sums[kBlocks][kSize] = {};
   if (is_here) load_bias<T, kSize, kBlocks>(reinterpret_cast<const T*>(call.bias), call.columns, column, bias);
   const Rows rows = rows_of_chunk(call.rows, call.chunks);
   const std::int64_t width = static_cast<std::int64_t>(kBlocks) * call.columns;
-  for (std::int64_t start = rows.begin + threadIdx.y; is_here && start < rows.end; start += kAtOnce * kWarps) {
-    Packed<T, kSize> parts[kAtOnce][kBlocks], grads[kAtOnce];
+  Part<T, kSize, kBlocks, kRows> part, next;
+  Part<T, kSize, 1, kRows> grads, next_grads;
+  const auto load_next = [&](std::int64_t first) {
+    next.load(x, first, rows.end, call.columns, column);
+    next_grads.load(grad_out, first, rows.end, call.columns, column);
+  };
+  if (kAhead && is_here) load_next(rows.begin + threadIdx.y);
+  for (std::int64_t start = rows.begin + threadIdx.y; is_here && start < rows.end; start += kRows * kWarps) {
+    if constexpr (!kAhead) load_next(start);
+    part = next;
+    grads = next_grads;
+    if constexpr (kAhead) load_next(start + kRows * kWarps);
 #pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      const std::int64_t row = start + n * kWarps;
-      if (row < rows.end) {
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block) {
-          parts[n][block] = Packed<T, kSize>::load(x + row * width + block * call.columns + column);
-        }
-        grads[n] = Packed<T, kSize>::load(grad_out + row * call.columns + column);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
+    for (int n = 0; n < kRows; ++n) {
       const std::int64_t row = start + n * kWarps;
       if (row < rows.end) {
         float gate[kSize], up[kSize], grad[kSize];
-        parts[n][0].unpack(gate);
-        grads[n].unpack(grad);
-        if constexpr (kBlocks == 2) parts[n][1].unpack(up);
+        unpack_sum(part.x[n][0], bias[0], gate);
+        grads.x[n][0].unpack(grad);
+        if constexpr (kBlocks == 2) unpack_sum(part.x[n][1], bias[1], up);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          const Point point = curve<kKind, kExact>(gate[i] + bias[0][i]);
+          const Point point = curve<kKind, kExact>(gate[i]);
           if constexpr (kBlocks == 2) {
-            gate[i] = grad[i] * (up[i] + bias[1][i]) * point.slope;
+            gate[i] = grad[i] * up[i] * point.slope;
             up[i] = grad[i] * point.value;
             sums[1][i] += up[i];
           } else {
@@ -250,11 +274,12 @@ dim3 grid_of(const Activation& call, int size) {
 
 }  // namespace
 
-int activation_chunks(std::int64_t rows, int columns, int type, int device) {
+int activation_chunks(std::int64_t rows, int columns, int kind, int type, bool is_backward, int device) {
+  const int each = is_backward ? backward_blocks(kind) : kBlocksEach;
   int chunks = 1;
   with_type(type, [&](auto t) {
     const std::int64_t across = ceil_div(columns, kWarp * vector_size<typename decltype(t)::type>);
-    const std::int64_t wanted = std::max<std::int64_t>(1, kBlocksEach * multiprocessors(device) / across);
+    const std::int64_t wanted = std::max<std::int64_t>(1, each * multiprocessors(device) / across);
     chunks = static_cast<int>(std::clamp<std::int64_t>(ceil_div(rows, kWarps), 1, wanted));
   });
   return chunks;

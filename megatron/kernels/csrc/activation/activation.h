@@ -25,6 +25,6 @@ void activation_forward(const Activation& call, int kind, int type, const Place&
 void activation_backward(const Activation& call, int kind, int type, const Place& place);
 
 // Runs of rows that fill the device.
-int activation_chunks(std::int64_t rows, int columns, int type, int device);
+int activation_chunks(std::int64_t rows, int columns, int kind, int type, bool is_backward, int device);
 
 }  // namespace megatron

@@ -11,6 +11,7 @@ namespace megatron {
 namespace {
 
 constexpr int kThreads = 512;
+constexpr int kStatisticsThreads = 256;
 constexpr int kAtOnce = 4;  // vectors that a thread has on their way
 
 template <bool kExact>
@@ -79,7 +80,7 @@ __device__ __forceinline__ Cut cut(const T* row, int count) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) statistics(CrossEntropy call) {
+__global__ void __launch_bounds__(kStatisticsThreads) statistics(CrossEntropy call) {
   constexpr int kSize = vector_size<T>;
   constexpr bool kExact = std::is_same_v<T, float>;
   __shared__ float highest[kMostWarps], sums[kMostWarps];
@@ -88,23 +89,31 @@ __global__ void __launch_bounds__(kThreads) statistics(CrossEntropy call) {
   const Cut parts = cut(logits, call.num_tokens);
   const int after = parts.head + parts.vectors * kSize;
   Running<kExact> running;
-  for (int c = threadIdx.x; c < parts.head; c += kThreads) running.take({to_float(logits[c])});
-  for (int c = after + threadIdx.x; c < call.num_tokens; c += kThreads) running.take({to_float(logits[c])});
-  for (int start = threadIdx.x; start < parts.vectors; start += kAtOnce * kThreads) {
-    Packed<T, kSize> packed[kAtOnce];
+  Packed<T, kSize> packed[kAtOnce], next[kAtOnce];
+  const auto load_next = [&](int start) {
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const int vector = start + n * kThreads;
-      if (vector < parts.vectors) packed[n] = Packed<T, kSize>::load(logits + parts.head + vector * kSize);
+      const int vector = start + n * kStatisticsThreads;
+      if (vector < parts.vectors) next[n] = Packed<T, kSize>::load(logits + parts.head + vector * kSize);
     }
+  };
+  load_next(threadIdx.x);
+  for (int c = threadIdx.x; c < parts.head; c += kStatisticsThreads) running.take({to_float(logits[c])});
+  for (int c = after + threadIdx.x; c < call.num_tokens; c += kStatisticsThreads) running.take({to_float(logits[c])});
+  for (int start = threadIdx.x; start < parts.vectors; start += kAtOnce * kStatisticsThreads) {
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) packed[n] = next[n];
+    load_next(start + kAtOnce * kStatisticsThreads);
+    float values[kAtOnce * kSize];
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      if (start + n * kThreads < parts.vectors) {
-        float values[kSize];
-        packed[n].unpack(values);
-        running.take(values);
-      }
+      const bool is_here = start + n * kStatisticsThreads < parts.vectors;
+      float some[kSize];
+      packed[n].unpack(some);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) values[n * kSize + i] = is_here ? some[i] : -INFINITY;
     }
+    running.take(values);
   }
   running.merge_warp();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -112,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) statistics(CrossEntropy call) {
   __syncthreads();
   if (warp > 0) return;
   running = {};
-  if (lane < kThreads / kWarp) running = {highest[lane], sums[lane]};
+  if (lane < kStatisticsThreads / kWarp) running = {highest[lane], sums[lane]};
   running.merge_warp();
   if (lane == 0) {
     const std::int64_t label = reinterpret_cast<const std::int64_t*>(call.label_columns)[row];
@@ -176,7 +185,7 @@ void cross_entropy_statistics(const CrossEntropy& call, int type, const Place& p
   const DeviceGuard guard(place.device);
   with_type(type, [&](auto t) {
     launch("the cross entropy's forward", statistics<typename decltype(t)::type>,
-           dim3(static_cast<unsigned>(call.rows)), dim3(kThreads), 0, place, call);
+           dim3(static_cast<unsigned>(call.rows)), dim3(kStatisticsThreads), 0, place, call);
   });
 }
 

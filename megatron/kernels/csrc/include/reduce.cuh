@@ -36,8 +36,9 @@ __device__ __forceinline__ float warp_max(float value) {
 
 // Sums kValues numbers over the threads of one row of the block (threadIdx.y); every thread gets the sums.
 // `scratch` holds kValues x warps of the row and must not be written again before all have read it: callers that come
-// back alternate between two.
-template <int kValues>
+// back alternate between two. A block with several rows of several warps needs a barrier for each row, and named ones
+// are scarce: few such blocks fit on a multiprocessor. Others say so with kSharesBlock = false.
+template <bool kSharesBlock, int kValues>
 __device__ __forceinline__ void row_sum(float (&values)[kValues], float* scratch) {
 #pragma unroll
   for (int i = 0; i < kValues; ++i) values[i] = warp_sum(values[i]);
@@ -48,10 +49,10 @@ __device__ __forceinline__ void row_sum(float (&values)[kValues], float* scratch
 #pragma unroll
     for (int i = 0; i < kValues; ++i) scratch[i * warps + warp] = values[i];
   }
-  if (blockDim.y == 1) {
-    __syncthreads();
-  } else {
+  if (kSharesBlock && blockDim.y > 1) {
     wait_for_group(1 + threadIdx.y, blockDim.x);
+  } else {
+    __syncthreads();
   }
   // One more warp sum instead of a serial one: all warps read the same few words.
   const int lane = threadIdx.x % kWarp;

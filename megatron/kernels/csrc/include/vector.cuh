@@ -56,6 +56,15 @@ __host__ __device__ __forceinline__ T from_float(float x) {
   }
 }
 
+#ifdef __CUDACC__
+// 2^x to the precision of the special-function unit, in one instruction; tiny results become zero.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+#endif
+
 // kSize neighbouring elements as one load or store. They stay packed in registers until they are computed with.
 template <typename T, int kSize>
 struct Packed {

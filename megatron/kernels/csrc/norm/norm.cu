@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kMostThreads) forward_rows(ForwardTensors<X, W
 #pragma unroll
       for (int i = 0; i < kSize; ++i) sum[0] += x[i];
     }
-    row_sum(sum, scratch[0] + threadIdx.y * warps);
+    row_sum<false>(sum, scratch[0] + threadIdx.y * warps);
     mean = sum[0] / t.columns;
   }
   // What is left of the mean after rounding is taken out as well: it matters where the mean is large.
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kMostThreads) forward_rows(ForwardTensors<X, W
       }
     }
   }
-  row_sum(powers, scratch[1] + threadIdx.y * 2 * warps);
+  row_sum<false>(powers, scratch[1] + threadIdx.y * 2 * warps);
   const float inverse = settle(powers, t, mean);
   if (threadIdx.x == 0) {
     if (t.mean != nullptr) t.mean[row] = mean;
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kGenericThreads) forward_generic(ForwardTensor
   if (t.mean != nullptr) {
     float sum[1] = {0.0f};
     for (int c = threadIdx.x; c < t.columns; c += blockDim.x) sum[0] += to_float(x[c]);
-    row_sum(sum, scratch[0]);
+    row_sum<false>(sum, scratch[0]);
     mean = sum[0] / t.columns;
   }
   float powers[2] = {0.0f, 0.0f};
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(kGenericThreads) forward_generic(ForwardTensor
     powers[0] += centred;
     powers[1] += centred * centred;
   }
-  row_sum(powers, scratch[1]);
+  row_sum<false>(powers, scratch[1]);
   const float inverse = settle(powers, t, mean);
   if (threadIdx.x == 0) {
     if (t.mean != nullptr) t.mean[row] = mean;
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) backward_rows(BackwardTensors
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) load_passing(v);
     }
-    row_sum(sums, scratch[turn] + threadIdx.y * 2 * warps);
+    row_sum<true>(sums, scratch[turn] + threadIdx.y * 2 * warps);
     const float along = sums[0] / t.columns, common = kCentred ? sums[1] / t.columns : 0.0f;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(kGenericThreads) backward_generic(BackwardTens
       weight_sums[c] += grad * normalised;
       bias_sums[c] += grad;
     }
-    row_sum(sums, scratch[turn]);
+    row_sum<false>(sums, scratch[turn]);
     const float along = sums[0] / t.columns, common = centred ? sums[1] / t.columns : 0.0f;
     for (int c = threadIdx.x; c < t.columns; c += blockDim.x) {
       const float normalised = (to_float(t.stream[start + c]) - mean) * inverse;
@@ -388,16 +388,15 @@ __global__ void __launch_bounds__(kGenericThreads) backward_generic(BackwardTens
   }
 }
 
+// blockIdx.y: 0 sums those of the weight, 1 those of the bias.
 template <typename W>
-__global__ void sum_partials(const float* partial_weight, const float* partial_bias, int partial_rows, int columns,
-                             W* grad_weight, W* grad_bias) {
+__global__ void __launch_bounds__(kWarp* kWarp) sum_partials(const float* partial, int partial_rows, int columns,
+                                                             W* grad_weight, W* grad_bias) {
   __shared__ float shared[kWarp * kWarp];
   const int column = blockIdx.x * kWarp + threadIdx.x;
-  const float weight = column_sum(partial_weight, partial_rows, columns, column, shared);
-  if (threadIdx.y == 0 && column < columns) grad_weight[column] = from_float<W>(weight);
-  if (grad_bias == nullptr) return;
-  const float bias = column_sum(partial_bias, partial_rows, columns, column, shared);
-  if (threadIdx.y == 0 && column < columns) grad_bias[column] = from_float<W>(bias);
+  partial += static_cast<std::int64_t>(blockIdx.y) * partial_rows * columns;
+  const float sum = column_sum(partial, partial_rows, columns, column, shared);
+  if (threadIdx.y == 0 && column < columns) (blockIdx.y == 0 ? grad_weight : grad_bias)[column] = from_float<W>(sum);
 }
 
 // Threads that share a row when each holds `per_thread` vectors: whole warps.
@@ -415,7 +414,7 @@ void forward_with(const NormForward& call, const Place& place) {
   constexpr int kSize = vector_size<X>;
   constexpr int kUsualThreads = 128;
   const int threads = row_threads(call.columns / kSize, kVectors);
-  const dim3 block(threads, std::max(1, kUsualThreads / threads));
+  const dim3 block(threads, threads == kWarp ? kUsualThreads / kWarp : 1);  // a row a warp, or a row a block
   const dim3 grid(static_cast<unsigned>(ceil_div(call.rows, block.y)));
   launch("the norm's forward", forward_rows<X, W, kSize, kVectors>, grid, block, 0, place,
          ForwardTensors<X, W>(call));
@@ -433,7 +432,7 @@ void forward_typed(const NormForward& call, const Place& place) {
            place, ForwardTensors<X, W>(call));
   } else if (vectors <= kWarp) {
     forward_with<X, W, 1>(call, place);
-  } else if (vectors <= 4 * kMostThreads) {
+  } else if (vectors > 8 * kWarp && vectors <= 4 * kMostThreads) {
     forward_with<X, W, 4>(call, place);
   } else {
     forward_with<X, W, 8>(call, place);
@@ -472,9 +471,9 @@ void backward_typed(const NormBackward& call, const Place& place) {
   } else {
     backward_with<X, W, 4>(call, place);
   }
-  launch("the norm's backward", sum_partials<W>, dim3(static_cast<unsigned>(ceil_div(call.columns, kWarp))),
-         dim3(kWarp, kWarp), 0, place, static_cast<const float*>(tensors.partial_weight),
-         static_cast<const float*>(tensors.partial_bias), call.partial_rows, call.columns,
+  const dim3 grid(static_cast<unsigned>(ceil_div(call.columns, kWarp)), call.grad_bias == 0 ? 1 : 2);
+  launch("the norm's backward", sum_partials<W>, grid, dim3(kWarp, kWarp), 0, place,
+         static_cast<const float*>(tensors.partial_weight), call.partial_rows, call.columns,
          pointer<W>(call.grad_weight), pointer<W>(call.grad_bias));
 }
 

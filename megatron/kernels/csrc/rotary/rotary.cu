@@ -1,5 +1,5 @@
-// One block turns all heads of a token, so that its cosines and sines are read from memory once. A thread takes a unit:
-// two vectors of channels that hold kSize pairs, or that are only copied.
+// A thread takes a unit of a head, two vectors of channels that hold kSize pairs or that are only copied, at several
+// neighbouring tokens: it finds its place once and has all their loads on the way.
 #include "rotary.h"
 
 #include <algorithm>
@@ -9,24 +9,9 @@
 namespace megatron {
 namespace {
 
-constexpr int kMostThreads = 512;
+constexpr int kMostThreads = 128;  // small blocks: a thread needs many registers
 
-template <typename T>
-struct Unit {
-  const T* from;
-  T* to;
-};
-
-template <typename T>
-__device__ __forceinline__ Unit<T> locate(const Segment& segment, int head, int s, int b) {
-  const int group = head / segment.per_group, member = head - group * segment.per_group;
-  const auto at = [&](const Layout& layout) {
-    return s * layout.sequence_stride + b * layout.batch_stride + group * layout.group_stride +
-           member * layout.head_stride;
-  };
-  return {reinterpret_cast<const T*>(segment.from.address) + at(segment.from),
-          reinterpret_cast<T*>(segment.to.address) + at(segment.to)};
-}
+constexpr int kTokens = 4;
 
 template <int kSize>
 __device__ __forceinline__ void read_table(const float* table, float (&out)[kSize]) {
@@ -42,63 +27,91 @@ __device__ __forceinline__ void read_table(const float* table, float (&out)[kSiz
   }
 }
 
+// Turns the pairs of two vectors: element i of the first with element i of the second, or neighbours in both.
 template <typename T, int kSize, bool kInterleaved>
-__device__ __forceinline__ void turn(const Unit<T>& unit, int pair, int distance, const float* cosine,
+__device__ __forceinline__ void turn(Packed<T, kSize>& first, Packed<T, kSize>& second, const float* cosine,
                                      const float* sine, float direction) {
-  const int first = kInterleaved ? 2 * pair : pair, second = first + (kInterleaved ? kSize : distance);
   float a[kSize], b[kSize], c[kSize], s[kSize];
-  Packed<T, kSize>::load(unit.from + first).unpack(a);
-  Packed<T, kSize>::load(unit.from + second).unpack(b);
-  read_table(cosine + pair, c);
-  read_table(sine + pair, s);
+  first.unpack(a);
+  second.unpack(b);
+  read_table(cosine, c);
+  read_table(sine, s);
   float both[2 * kSize];
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
     // Neighbours: pair i of this unit is elements 2i and 2i + 1 of a followed by b.
     const float x = !kInterleaved ? a[i] : 2 * i < kSize ? a[2 * i % kSize] : b[2 * i % kSize];
     const float y = !kInterleaved ? b[i] : 2 * i + 1 < kSize ? a[(2 * i + 1) % kSize] : b[(2 * i + 1) % kSize];
-    const float turn = s[i] * direction;
-    both[kInterleaved ? 2 * i : i] = x * c[i] - y * turn;
-    both[kInterleaved ? 2 * i + 1 : kSize + i] = y * c[i] + x * turn;
+    const float turned = s[i] * direction;
+    both[kInterleaved ? 2 * i : i] = x * c[i] - y * turned;
+    both[kInterleaved ? 2 * i + 1 : kSize + i] = y * c[i] + x * turned;
   }
 #pragma unroll
   for (int i = 0; i < kSize; ++i) a[i] = both[i], b[i] = both[kSize + i];
-  Packed<T, kSize>::pack(a).store(unit.to + first);
-  Packed<T, kSize>::pack(b).store(unit.to + second);
+  first = Packed<T, kSize>::pack(a);
+  second = Packed<T, kSize>::pack(b);
+}
+
+// Where a head stands relative to its token.
+__device__ __forceinline__ std::int64_t offset_of(const Layout& layout, int head, int per_group) {
+  const int group = head / per_group;
+  return group * layout.group_stride + (head - group * per_group) * layout.head_stride;
 }
 
 template <typename T, int kSize, bool kInterleaved>
-__global__ void __launch_bounds__(kMostThreads) rotate_token(Rotation call) {
-  const int s = blockIdx.x, b = blockIdx.y;
-  const std::int64_t position =
-      call.position_ids == 0
-          ? s
-          : reinterpret_cast<const std::int64_t*>(call.position_ids)[static_cast<std::int64_t>(b) * call.sequence + s];
-  const int pairs = call.rotated_size / 2;
-  const float* cosine = reinterpret_cast<const float*>(call.cosine) + position * pairs;
-  const float* sine = reinterpret_cast<const float*>(call.sine) + position * pairs;
-  const int units = call.head_size / (2 * kSize), rotated_units = pairs / kSize;
-  int start = 0;
+__global__ void __launch_bounds__(kMostThreads) rotate_tokens(Rotation call) {
+  const int pairs = call.rotated_size / 2, units = call.head_size / (2 * kSize);
+  const int first_token = blockIdx.x * kTokens, tokens = min(kTokens, call.sequence * call.batch - first_token);
+  int s[kTokens], b[kTokens];
+  std::int64_t row[kTokens];  // of the tables
 #pragma unroll
-  for (int index = 0; index < kMostSegments; ++index) {
-    if (index >= call.num_segments) break;
+  for (int n = 0; n < kTokens; ++n) {
+    s[n] = (first_token + n) / call.batch;
+    b[n] = first_token + n - s[n] * call.batch;
+    row[n] = s[n];
+    if (call.position_ids != 0 && n < tokens) {
+      row[n] = reinterpret_cast<const std::int64_t*>(call.position_ids)[static_cast<std::int64_t>(b[n]) *
+                                                                            call.sequence + s[n]];
+    }
+    row[n] *= pairs;
+  }
+  for (int item = threadIdx.x;; item += blockDim.x) {
+    int index = 0, rest = item;
+    while (index < call.num_segments && rest >= call.segments[index].heads * units) {
+      rest -= call.segments[index++].heads * units;
+    }
+    if (index == call.num_segments) break;
     const Segment& segment = call.segments[index];
-    const int count = segment.heads * units;
-    // Threads that one segment leaves idle start on the next.
-    for (int i = (threadIdx.x + blockDim.x - start % blockDim.x) % blockDim.x; i < count; i += blockDim.x) {
-      const int head = i / units, unit_index = i - head * units;
-      const Unit<T> unit = locate<T>(segment, head, s, b);
-      if (segment.is_rotated && unit_index < rotated_units) {
-        turn<T, kSize, kInterleaved>(unit, unit_index * kSize, pairs, cosine, sine, call.direction);
-      } else {
-        const int channel = unit_index * 2 * kSize;
-        const auto first = Packed<T, kSize>::load(unit.from + channel);
-        const auto second = Packed<T, kSize>::load(unit.from + channel + kSize);
-        first.store(unit.to + channel);
-        second.store(unit.to + channel + kSize);
+    const int head = rest / units, unit = rest - head * units;
+    const bool is_turned = segment.is_rotated && unit * kSize < pairs;
+    const int pair = unit * kSize;
+    // Turned halves stand half of the rotated channels apart; neighbours, and what is only copied, side by side.
+    const bool is_apart = is_turned && !kInterleaved;
+    const int channel = is_apart ? pair : 2 * pair, distance = is_apart ? pairs : kSize;
+    const T* from = reinterpret_cast<const T*>(segment.from.address) + channel +
+                    offset_of(segment.from, head, segment.per_group);
+    T* to = reinterpret_cast<T*>(segment.to.address) + channel + offset_of(segment.to, head, segment.per_group);
+    Packed<T, kSize> first[kTokens], second[kTokens];
+#pragma unroll
+    for (int n = 0; n < kTokens; ++n) {
+      if (n < tokens) {
+        const T* at = from + s[n] * segment.from.sequence_stride + b[n] * segment.from.batch_stride;
+        first[n] = Packed<T, kSize>::load(at);
+        second[n] = Packed<T, kSize>::load(at + distance);
       }
     }
-    start += count;
+#pragma unroll
+    for (int n = 0; n < kTokens; ++n) {
+      if (n < tokens) {
+        if (is_turned) {
+          turn<T, kSize, kInterleaved>(first[n], second[n], reinterpret_cast<const float*>(call.cosine) + row[n] + pair,
+                                       reinterpret_cast<const float*>(call.sine) + row[n] + pair, call.direction);
+        }
+        T* at = to + s[n] * segment.to.sequence_stride + b[n] * segment.to.batch_stride;
+        first[n].store(at);
+        second[n].store(at + distance);
+      }
+    }
   }
 }
 
@@ -111,12 +124,12 @@ template <typename T, int kSize>
 void rotate_with(const Rotation& call, const Place& place) {
   int units = 0;
   for (int i = 0; i < call.num_segments; ++i) units += call.segments[i].heads * (call.head_size / (2 * kSize));
-  const dim3 grid(call.sequence, call.batch);
+  const dim3 grid(static_cast<unsigned>(ceil_div(static_cast<std::int64_t>(call.sequence) * call.batch, kTokens)));
   const dim3 block(std::min(kMostThreads, static_cast<int>(ceil_div(units, 32)) * 32));
   if (call.is_interleaved) {
-    launch("the rotation", rotate_token<T, kSize, true>, grid, block, 0, place, call);
+    launch("the rotation", rotate_tokens<T, kSize, true>, grid, block, 0, place, call);
   } else {
-    launch("the rotation", rotate_token<T, kSize, false>, grid, block, 0, place, call);
+    launch("the rotation", rotate_tokens<T, kSize, false>, grid, block, 0, place, call);
   }
 }
 

@@ -1,0 +1,87 @@
+"""Which implementation computes each operation of a model: chosen once, handed to the model, printed at the start."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from megatron.config.kernels import KernelsConfig
+from megatron.kernels.activation import ACTIVATIONS, FUSED_ACTIVATIONS, Activation
+from megatron.kernels.build import KernelBuildError, load_kernels
+from megatron.kernels.cross_entropy import FusedSoftmax
+from megatron.kernels.dropout import dropout_add, fused_dropout_add
+from megatron.kernels.norm import add_norm, fused_add_norm, fused_norm, norm
+from megatron.kernels.rotary import apply_rotary, fused_rotary, fused_split, split_rotary
+from megatron.kernels.softmax import fused_scaled_softmax, scaled_softmax
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """One function an operation; the defaults are plain torch and run everywhere."""
+
+    norm: Callable[..., Any] = norm
+    add_norm: Callable[..., Any] = add_norm
+    rotary: Callable[..., Any] = apply_rotary
+    split_rotary: Callable[..., Any] = split_rotary
+    activations: Mapping[str, Activation] = field(default_factory=lambda: ACTIVATIONS)
+    adds_bias: bool = False
+    """Whether the activation should add the bias of the product before it; a product does it as well as plain torch."""
+    dropout_add: Callable[..., Any] = dropout_add
+    drops_by_place: bool = False
+    """Whether dropout takes the place of its tensor in one that ranks share, and draws the mask of that."""
+    scaled_softmax: Callable[..., Any] = scaled_softmax
+    """Of attention that is written out."""
+    softmax: FusedSoftmax | None = None
+    """Passes over the logits of the cross entropy; None: those in plain torch."""
+
+
+PLAIN = Kernels()
+
+FUSED: dict[str, dict[str, Any]] = {
+    "norm": {"norm": fused_norm, "add_norm": fused_add_norm},
+    "rotary": {"rotary": fused_rotary, "split_rotary": fused_split},
+    "activation": {"activations": FUSED_ACTIVATIONS, "adds_bias": True},
+    "dropout": {"dropout_add": fused_dropout_add, "drops_by_place": True},
+    "softmax": {"scaled_softmax": fused_scaled_softmax},
+    "cross_entropy": {"softmax": FusedSoftmax()},
+}
+"""What each kernel, a folder of `csrc`, replaces."""
+
+
+def choose_kernels(config: KernelsConfig, device_type: str) -> tuple[Kernels, str]:
+    """Return the implementations for a run and the reason for them, half a sentence to print at start.
+
+    On a GPU the kernels are compiled now if this host never did.
+    """
+    if device_type != "cuda":
+        return PLAIN, f"plain torch, on {device_type}"
+    unwanted = _unwanted(config)
+    wanted = [name for name in FUSED if name not in unwanted]
+    if not wanted:
+        return PLAIN, "plain torch, as the flags say"
+    try:
+        load_kernels(wanted)
+    except KernelBuildError as error:
+        log.warning("kernels: plain torch, since %s", error)
+        return PLAIN, f"plain torch, since {error}"
+    kernels = PLAIN
+    for name in wanted:
+        kernels = replace(kernels, **FUSED[name])
+    return kernels, f"fused {', '.join(wanted)}" + (f"; plain torch for {', '.join(unwanted)}" if unwanted else "")
+
+
+def _unwanted(config: KernelsConfig) -> list[str]:
+    """Name the kernels that flags leave out."""
+    left_out = {
+        "norm": config.no_norm_fusion,
+        "rotary": config.no_rope_fusion,
+        "activation": config.no_bias_gelu_fusion,
+        "dropout": config.no_bias_dropout_fusion,
+        "softmax": config.no_masked_softmax_fusion,
+        "cross_entropy": config.no_cross_entropy_loss_fusion,
+    }
+    return [name for name, is_left_out in left_out.items() if is_left_out or config.no_fused_kernels]
