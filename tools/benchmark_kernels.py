@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
 import torch
+import torch._functorch.config
 from kernel_operations import FAMILIES
 from kernel_timing import Operation, Times, copy_time, errors, pass_times
 
@@ -57,6 +58,7 @@ def main() -> None:
         f"{'operation':16} {'size':>15} {'pass':8} {'us':>8} {'MB':>7} {'GB/s':>6} {'of copy':>7}{columns} "
         f"{'error':>8} {'plain':>8} {'peak MiB':>8} {'plain':>6} {'host us':>7}"
     )
+    torch._functorch.config.donated_buffer = False  # backward is called several times
     records, budget = [], options.compile_seconds
     for operation in chosen(options):
         started = time.monotonic()

@@ -25,6 +25,8 @@ from megatron.parallel.groups import Group
 FP16_LIFT = 256.0
 """Factor on unit gradients in fp16. They are made before the loss scale is known; without it those of unlikely tokens,
 1e-5 and less, would be rounded away. Products of them stay finite for weights up to 127."""
+PART_ELEMENTS = 2**22
+"""Of a gradient that is scaled: 16 MiB in fp32."""
 
 
 def linear_cross_entropy(
@@ -140,7 +142,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_hidden, wants_weight = (wanted and job.wants_gradients for wanted in ctx.needs_input_grad[:2])
         lift = FP16_LIFT if hidden.dtype == torch.float16 else 1.0
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_weight = None
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         chunks = list(job.chunks(hidden))
         arriving = [job.gather(hidden, chunks[0])] if chunks else []
@@ -158,11 +160,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_hidden is not None:
                 _put(grad_hidden, leaving)
                 leaving.append((chunk, job.reduce((grad_logits @ weight).view_as(whole))))
-            if grad_weight is not None:
-                _add_product(grad_weight, grad_logits, rows)
+            if wants_weight:
+                grad_weight = _add_product(grad_weight, grad_logits, rows)
             del logits, grad_logits  # else they live while the next chunk's are made
         if grad_hidden is not None:
             _put(grad_hidden, leaving)
+        if wants_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.lift, ctx.dtype = lift, weight.dtype
         return loss_sum
@@ -184,20 +188,20 @@ def _put(grad_hidden: Tensor, leaving: list[tuple[slice, Pending]]) -> None:
     leaving.clear()
 
 
-def _add_product(grad_weight: Tensor, grad_logits: Tensor, rows: Tensor) -> None:
-    """Add grad_logits^T rows, summed in fp32, to the fp32 gradient."""
+def _add_product(total: Tensor | None, grad_logits: Tensor, rows: Tensor) -> Tensor:
+    """Add grad_logits^T rows to the sum so far, in place; both in fp32."""
+    left = grad_logits.t()
     if rows.dtype == torch.float32 or rows.device.type != "cuda":
-        grad_weight.addmm_(grad_logits.t().float(), rows.float())
-    else:
-        torch.addmm(grad_weight, grad_logits.t(), rows, out_dtype=torch.float32, out=grad_weight)
+        left, rows = left.float(), rows.float()
+        return left @ rows if total is None else total.addmm_(left, rows)
+    if total is None:
+        return torch.mm(left, rows, out_dtype=torch.float32)
+    return torch.addmm(total, left, rows, out_dtype=torch.float32, out=total)
 
 
 def _scaled(unit: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply in fp32, row by row of dim 0 in parts, so that no whole fp32 copy exists; round once."""
+    """Multiply in fp32 and round once, in parts that stay in the cache between the two."""
     scaled = torch.empty_like(unit, dtype=dtype)
-    for part, out in zip(unit.split(_PART_ROWS), scaled.split(_PART_ROWS), strict=True):
-        torch.mul(part.float(), scale, out=out)
+    for part, out in zip(unit.view(-1).split(PART_ELEMENTS), scaled.view(-1).split(PART_ELEMENTS), strict=True):
+        out.copy_(part.float() * scale)
     return scaled
-
-
-_PART_ROWS = 2048
