@@ -12,7 +12,7 @@ from megatron.kernels.activation import ACTIVATIONS, FUSED_ACTIVATIONS, Activati
 from megatron.kernels.build import KernelBuildError, load_kernels
 from megatron.kernels.cross_entropy import FusedSoftmax
 from megatron.kernels.dropout import dropout_add, fused_dropout_add
-from megatron.kernels.norm import add_norm, fused_add_norm, fused_norm, norm
+from megatron.kernels.norm import add_norm, fused_add_norm, fused_norm, fused_stream_norm, norm, stream_norm
 from megatron.kernels.rotary import apply_rotary, fused_rotary, fused_split, split_rotary
 from megatron.kernels.softmax import fused_scaled_softmax, scaled_softmax
 
@@ -24,6 +24,7 @@ class Kernels:
     """One function an operation; the defaults are plain torch and run everywhere."""
 
     norm: Callable[..., Any] = norm
+    stream_norm: Callable[..., Any] = stream_norm
     add_norm: Callable[..., Any] = add_norm
     rotary: Callable[..., Any] = apply_rotary
     split_rotary: Callable[..., Any] = split_rotary
@@ -42,7 +43,7 @@ class Kernels:
 PLAIN = Kernels()
 
 FUSED: dict[str, dict[str, Any]] = {
-    "norm": {"norm": fused_norm, "add_norm": fused_add_norm},
+    "norm": {"norm": fused_norm, "stream_norm": fused_stream_norm, "add_norm": fused_add_norm},
     "rotary": {"rotary": fused_rotary, "split_rotary": fused_split},
     "activation": {"activations": FUSED_ACTIVATIONS, "adds_bias": True},
     "dropout": {"dropout_add": fused_dropout_add, "drops_by_place": True},

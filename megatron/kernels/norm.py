@@ -6,6 +6,7 @@ residual stream to the dtype of the products. `weight_offset` is 1 for weights t
 | plain torch                | fused                            |
 |----------------------------|----------------------------------|
 | `layer_norm`, `rms_norm`   | `fused_norm`                     |
+| `stream_norm`              | `fused_stream_norm`              |
 | `add_norm`                 | `fused_add_norm`                 |
 """
 
@@ -23,6 +24,7 @@ from megatron.kernels.operator import (
     Operator,
     address,
     falls_back,
+    goes_straight,
     place,
     why_not_computed,
 )
@@ -60,6 +62,13 @@ def norm(
     return rms_norm(x, weight, epsilon, weight_offset=weight_offset)
 
 
+def stream_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, *, weight_offset: float = 0.0, centred: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return a residual stream, to be used instead of x from here on, and its norm."""
+    return x, norm(x, weight, bias, epsilon, weight_offset=weight_offset, centred=centred)
+
+
 def add_norm(
     x: Tensor,
     delta: Tensor,
@@ -87,6 +96,16 @@ def fused_norm(
         return norm(x, weight, bias, epsilon, weight_offset=weight_offset, centred=centred)
     normed: Tensor = _norm(x, weight, bias, epsilon, weight_offset, centred)[0]
     return normed
+
+
+def fused_stream_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, *, weight_offset: float = 0.0, centred: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Compute `stream_norm`; backward adds the gradient that comes along the stream in its own pass."""
+    if goes_straight(x) and _why_not(x, weight, bias) is None:
+        stream, normed = _StreamNorm.apply(x, weight, bias, epsilon, weight_offset, centred)
+        return stream, normed
+    return x, fused_norm(x, weight, bias, epsilon, weight_offset=weight_offset, centred=centred)
 
 
 def fused_add_norm(
@@ -125,7 +144,7 @@ def _statistics(x: Tensor, centred: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(inverse) if centred else inverse.new_empty(0), inverse
 
 
-def _launch_forward(
+def _add_norm_cuda(
     x: Tensor,
     delta: Tensor | None,
     weight: Tensor,
@@ -134,6 +153,7 @@ def _launch_forward(
     weight_offset: float,
     centred: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the stream, which is x where there is no delta, its norm and its statistics."""
     x, weight = x.contiguous(), weight.contiguous()
     delta = None if delta is None else delta.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -163,19 +183,7 @@ def _launch_forward(
 def _norm_cuda(
     x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, weight_offset: float, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch_forward(x, None, weight, bias, epsilon, weight_offset, centred)[1:]
-
-
-def _add_norm_cuda(
-    x: Tensor,
-    delta: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    epsilon: float,
-    weight_offset: float,
-    centred: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _launch_forward(x, delta, weight, bias, epsilon, weight_offset, centred)
+    return _add_norm_cuda(x, None, weight, bias, epsilon, weight_offset, centred)[1:]
 
 
 def _norm_backward_cuda(
@@ -372,3 +380,20 @@ def _add_norm_gradients(
 
 _norm.define_gradient(_norm_gradients, _keep_norm)
 _add_norm.define_gradient(_add_norm_gradients, _keep_add_norm)
+
+
+class _StreamNorm(torch.autograd.Function):
+    """The norm with its input as a result, which an operator may not return."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *numbers: Any) -> tuple[Tensor, Tensor]:
+        normed, *statistics = _norm_cuda(x, weight, bias, *numbers)
+        ctx.set_materialize_grads(False)
+        _keep(ctx, x, weight, bias, statistics, numbers)
+        return x, normed
+
+    @staticmethod
+    def backward(ctx: Any, grad_stream: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_normed is None:
+            return grad_stream, None, None, None, None, None
+        return *_gradients(ctx, grad_normed, grad_stream), None, None, None

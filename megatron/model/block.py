@@ -53,7 +53,8 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """[s, b, h] to [s, b, h], in the dtype of the residual stream."""
-        attended = self.attention(self.attention_norm(hidden), context)
+        hidden, normed = self.attention_norm.of_stream(hidden)
+        attended = self.attention(normed, context)
         if self.dropout.is_idle:  # then the sum and its norm are one operation
             hidden, normed = self.mlp_norm.add(hidden, attended)
         else:

@@ -46,6 +46,11 @@ class Norm(nn.Module):
         normed: Tensor = self.kernels.norm(x, *self._parameters_of_sum(), **self._settings())
         return normed
 
+    def of_stream(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalise a residual stream [..., size]; return the stream, to be used from here on, and its norm."""
+        stream, normed = self.kernels.stream_norm(x, *self._parameters_of_sum(), **self._settings())
+        return stream, normed
+
     def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Add `delta` to a residual stream [..., size]; return the sum and its norm."""
         stream, normed = self.kernels.add_norm(x, delta, *self._parameters_of_sum(), **self._settings())

@@ -39,7 +39,7 @@ def emulated_kernel(name: str) -> ModuleType:
 
 def _compile(name: str, target: Path) -> None:
     includes = [f"-I{TOOLKIT}", f"-I{build._pybind11_include()}", f"-I{sysconfig.get_path('include')}"]
-    flags = ["g++", "-O1", "-std=c++17", "-fPIC", "-w", *includes]
+    flags = ["g++", "-O0", "-std=c++17", "-fPIC", "-w", *includes]
     source = build.SOURCES / name
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         emulate = ["-include", str(EMULATION / "emulation.h"), "-x", "c++"]

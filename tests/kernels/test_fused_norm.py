@@ -62,6 +62,28 @@ def test_rows_of_any_length_to_16k(device, columns):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stream_handed_on_by_its_norm_adds_both_gradients(device, dtype):
+    inputs = [draw((6, 2, 64), dtype, device, 1), draw((64,), dtype, device, 2), draw((64,), dtype, device, 3)]
+    grads = [draw((6, 2, 64), dtype, device, 4), draw((6, 2, 64), dtype, device, 5)]
+    with kernels_on(device):
+        check_against_fp64(
+            functools.partial(norm.fused_stream_norm, epsilon=1e-5),
+            functools.partial(norm.stream_norm, epsilon=1e-5),
+            inputs,
+            grads,
+        )
+        x = inputs[0].clone().requires_grad_()
+        stream, normed = norm.fused_stream_norm(x, *inputs[1:], 1e-5)
+        assert stream.data_ptr() == x.data_ptr()
+        assert torch.equal(torch.autograd.grad(stream.sum(), x, retain_graph=True)[0], torch.ones_like(x))
+        (alone,) = torch.autograd.grad(normed, x, grads[1])
+        y = inputs[0].clone().requires_grad_()
+        (expected,) = torch.autograd.grad(norm.fused_norm(y, *inputs[1:], 1e-5), y, grads[1])
+        assert torch.equal(alone, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_weights_stored_minus_one_and_norms_without_a_bias(device):
     check(device, 5, 64, torch.float32, torch.float32, centred=True, added=True, offset=1.0, biased=False)
 
