@@ -1,4 +1,4 @@
-"""Which implementation computes an operation, and which activations are recomputed."""
+"""Which implementation computes an operation, and which activations are kept or recomputed."""
 
 from __future__ import annotations
 
@@ -36,8 +36,17 @@ class KernelsConfig:
     no_rope_fusion: bool = flag(False, help="leave rotary embedding to plain torch")
     no_bias_gelu_fusion: bool = flag(False, help="leave the MLP's nonlinearity, whichever it is, to plain torch")
     no_bias_dropout_fusion: bool = flag(False, help="leave hidden dropout and the residual sum to plain torch")
+    no_masked_softmax_fusion: bool = flag(
+        False, help="leave the softmax of --attention-backend unfused, the only one that has it apart, to plain torch"
+    )
     no_cross_entropy_loss_fusion: bool = flag(
         False, help="leave cross entropy to plain torch; the kernel writes the gradient in the place of the logits"
+    )
+    loss_chunk_size: int = flag(
+        0,
+        range=NOT_NEGATIVE,
+        help="tokens whose logits exist at a time: the output head and the loss are computed as one, a chunk after the "
+        "other; 0: all logits at once",
     )
     recompute_granularity: str = flag(
         "none",

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from megatron.config.data import DataConfig
 from megatron.config.engine import EngineConfig
 from megatron.config.flags import spell
+from megatron.config.kernels import KernelsConfig
 from megatron.config.model import ModelConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.training import TrainingConfig
@@ -44,6 +45,20 @@ def tensor_ranks_share_key_value_heads(parallel: ParallelConfig, model: ModelCon
             f"--kv-channels {model.kv_channels}: the {2 * model.kv_channels} key and value rows of a head cannot be "
             f"divided over the {size // heads} of --tensor-model-parallel-size {size} ranks that share each of "
             f"--num-key-value-heads {heads}; change one of them."
+        )
+
+
+def a_chunk_of_the_loss_holds_a_position(
+    kernels: KernelsConfig, parallel: ParallelConfig, training: TrainingConfig
+) -> Iterator[str]:
+    """A chunk is made of whole positions of a micro-batch, one of every shard of the sequence at least."""
+    shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    least = training.micro_batch_size * shards
+    if 0 < kernels.loss_chunk_size < least:
+        ranks = f" x --tensor-model-parallel-size {shards} (with --sequence-parallel)" if shards > 1 else ""
+        yield (
+            f"--loss-chunk-size {kernels.loss_chunk_size} is less than one position of --micro-batch-size "
+            f"{training.micro_batch_size}{ranks} = {least} tokens: raise it, or set it to 0 for all logits at once."
         )
 
 

@@ -101,8 +101,7 @@ _IGNORED = (
     _ignored("--num-key-value-heads alone decides about grouped queries", "group-query-attention"),
     _ignored(
         "the kernel is chosen by --attention-backend, or by the operation itself, and printed",
-        "no-masked-softmax-fusion masked-softmax-fusion no-persist-layer-norm disable-mem-efficient-ln "
-        "no-gradient-accumulation-fusion",
+        "no-persist-layer-norm disable-mem-efficient-ln no-gradient-accumulation-fusion",
     ),
     _ignored(
         "attention scores are scaled once, by the root of the head size, and normalised in fp32",

@@ -134,11 +134,11 @@ class PipelineStage(PipelineModule):
             self._here(micro_batch.attention_mask),
             document_ids=self._here(micro_batch.document_ids),
         )
-        output = model.run_part(x, context, self._part)
         if not self.is_last:
-            return output.contiguous()  # what is sent must be
+            return model.run_part(x, context, self._part).contiguous()  # what is sent must be
         labels = micro_batch.labels.to(self._device, non_blocking=True)
-        return model.loss(output, labels, self._here(micro_batch.loss_mask)) * self.loss_weight
+        loss = model.run_to_loss(x, context, self._part, labels, self._here(micro_batch.loss_mask))
+        return loss * self.loss_weight
 
     def _here(self, tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(self._device, non_blocking=True)

@@ -14,6 +14,7 @@ from megatron.kernels.cross_entropy import FusedSoftmax
 from megatron.kernels.dropout import dropout_add, fused_dropout_add
 from megatron.kernels.norm import add_norm, fused_add_norm, fused_norm, fused_stream_norm, norm, stream_norm
 from megatron.kernels.rotary import apply_rotary, fused_rotary, fused_split, split_rotary
+from megatron.kernels.softmax import fused_scaled_softmax, scaled_softmax
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,10 @@ class Kernels:
     adds_bias: bool = False
     """Whether the activation should add the bias of the product before it; a product does it as well as plain torch."""
     dropout_add: Callable[..., Any] = dropout_add
+    drops_by_place: bool = False
+    """Whether dropout takes the place of its tensor in one that ranks share, and draws the mask of that."""
+    scaled_softmax: Callable[..., Any] = scaled_softmax
+    """Of attention that is written out."""
     softmax: FusedSoftmax | None = None
     """Passes over the logits of the cross entropy; None: those in plain torch."""
 
@@ -41,7 +46,8 @@ FUSED: dict[str, dict[str, Any]] = {
     "norm": {"norm": fused_norm, "stream_norm": fused_stream_norm, "add_norm": fused_add_norm},
     "rotary": {"rotary": fused_rotary, "split_rotary": fused_split},
     "activation": {"activations": FUSED_ACTIVATIONS, "adds_bias": True},
-    "dropout": {"dropout_add": fused_dropout_add},
+    "dropout": {"dropout_add": fused_dropout_add, "drops_by_place": True},
+    "softmax": {"scaled_softmax": fused_scaled_softmax},
     "cross_entropy": {"softmax": FusedSoftmax()},
 }
 """What each kernel, a folder of `csrc`, replaces."""
@@ -76,6 +82,7 @@ def _unwanted(config: KernelsConfig) -> list[str]:
         "rotary": config.no_rope_fusion,
         "activation": config.no_bias_gelu_fusion,
         "dropout": config.no_bias_dropout_fusion,
+        "softmax": config.no_masked_softmax_fusion,
         "cross_entropy": config.no_cross_entropy_loss_fusion,
     }
     return [name for name, is_left_out in left_out.items() if is_left_out or config.no_fused_kernels]

@@ -5,6 +5,7 @@ Legend: s queries of this pass, s' keys (those in the cache included), b batch, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,8 @@ class Context:
     cache: KeyValueCache | None = None
     first_position: int = 0
     """Position of the first token, where this rank has a later shard of the sequence."""
+    head_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Computes the loss from the output head's input and weight, which then gives no logits; None: it gives them."""
 
     @property
     def offset(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megatron.kernels.choice import PLAIN, Kernels
 from megatron.parallel.groups import Group
@@ -16,7 +15,8 @@ class HiddenDropout(nn.Module):
     Args:
         probability: of an element to become zero.
         shards: the ranks that each hold another part of the sequence and must drop apart; a group of one when all hold
-            the same hidden states and must drop alike.
+            the same hidden states and must drop alike. Fused, the parts of the sequence are dropped as the whole is on
+            one rank.
         kernels: what computes it.
     """
 
@@ -32,14 +32,17 @@ class HiddenDropout(nn.Module):
         return not self.training or self.probability == 0.0
 
     def forward(self, hidden: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Drop elements of a tensor of any shape, and add what is left to a residual stream where there is one.
+        """Drop elements of [s, b, h], and add what is left to a residual stream where there is one.
 
         In evaluation nothing is dropped, and without a stream the tensor comes back as it is.
         """
         if self.is_idle:
             return hidden if residual is None else residual + hidden
+        drop = self.kernels.dropout_add
+        if self.kernels.drops_by_place:
+            before = self.shards.rank * hidden.numel()  # elements that ranks with earlier parts of the sequence hold
+            total: Tensor = drop(hidden, residual, self.probability, first=before)
+            return total
         with rank_stream(self.shards, hidden.device):
-            if residual is None:
-                return F.dropout(hidden, self.probability)
-            total: Tensor = self.kernels.dropout_add(hidden, residual, self.probability)
+            total = drop(hidden, residual, self.probability)
         return total

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
+from megatron.kernels.choice import PLAIN, Kernels
 from megatron.model.context import Context
 from megatron.model.dropout import HiddenDropout
 from megatron.parallel.embedding import SequenceShardedPositions, VocabParallelEmbedding
@@ -25,7 +26,9 @@ class WordEmbedding(VocabParallelEmbedding):
 class Positions(nn.Module):
     """Stage 1: the vector of each position, where positions are learned; dropout; the dtype of the residual stream."""
 
-    def __init__(self, config: ModelConfig, *, group: Group, sequence_parallel: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, *, group: Group, sequence_parallel: bool = False, kernels: Kernels = PLAIN
+    ) -> None:
         super().__init__()
         learned = config.position_embedding_type == "learned_absolute"
         rows = config.max_position_embeddings
@@ -35,7 +38,8 @@ class Positions(nn.Module):
             else None
         )
         self.fp32_residual = config.fp32_residual_connection
-        self.dropout = HiddenDropout(config.hidden_dropout, shards=group.sequence_shards(sequence_parallel))
+        shards = group.sequence_shards(sequence_parallel)
+        self.dropout = HiddenDropout(config.hidden_dropout, shards=shards, kernels=kernels)
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """[s, b, h] to [s, b, h]; shards [s/t, b, h] to such with sequence parallelism."""

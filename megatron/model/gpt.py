@@ -6,6 +6,8 @@ Legend: s sequence, b micro-batch, h hidden, v padded vocabulary, t tensor ranks
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -14,12 +16,13 @@ from megatron.config.model import ModelConfig
 from megatron.kernels.attention.interface import AttentionBackend
 from megatron.kernels.attention.mask import and_causal
 from megatron.kernels.attention.pick import AttentionUnavailableError
+from megatron.kernels.attention.unfused import with_softmax
 from megatron.kernels.choice import PLAIN, Kernels
 from megatron.model.block import Block
 from megatron.model.context import Context, KeyValueCache
 from megatron.model.embedding import Positions, WordEmbedding
 from megatron.model.head import OutputHead, TiedOutputHead
-from megatron.model.loss import masked_loss
+from megatron.model.loss import chunked_masked_loss, masked_loss
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
 from megatron.parallel.groups import ParallelGroups
@@ -45,6 +48,7 @@ class GPT(nn.Module):
         sequence_parallel: keep only this tensor rank's shard of the sequence outside of the sharded products; the
             tensor ranks must then divide the length of the sequence.
         recompute_policy: which activations backward computes again instead of finding them kept.
+        loss_chunk_size: tokens whose logits exist at a time where the loss is computed; 0: all of them.
         kernels: what computes norms, activations and the like.
     """
 
@@ -57,6 +61,7 @@ class GPT(nn.Module):
         attention: AttentionBackend,
         sequence_parallel: bool = False,
         recompute_policy: RecomputePolicy = NONE,
+        loss_chunk_size: int = 0,
         kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
@@ -65,9 +70,10 @@ class GPT(nn.Module):
         self.vocab_size = vocab_size
         self.padded_vocab_size = padded_vocab_size(vocab_size, config.make_vocab_size_divisible_by)
         self.groups = groups
-        self.attention = attention
+        self.attention = with_softmax(attention, kernels.scaled_softmax)
         self.sequence_parallel = sequence_parallel
         self.recompute_policy = recompute_policy
+        self.loss_chunk_size = loss_chunk_size
         self.tied_modules = nn.ModuleDict()
         self._stage_names: list[str] = []
         for index, stage in enumerate(self._build_stages()):
@@ -83,7 +89,7 @@ class GPT(nn.Module):
         attend = UlyssesAttention(self._attention_core(), self.groups.ulysses)
         rotary = Rotary.from_config(config, self.kernels) if config.position_embedding_type == "rope" else None
         yield embedding
-        yield Positions(config, group=group, sequence_parallel=sharded)
+        yield Positions(config, group=group, sequence_parallel=sharded, kernels=self.kernels)
         for layer in range(config.num_layers):
             yield Block(
                 config,
@@ -146,8 +152,9 @@ class GPT(nn.Module):
             ConfigError: the tensor ranks are to divide the sequence and cannot.
         """
         context = self.context(tokens, position_ids, attention_mask, cache, document_ids)
-        logits = self.run(tokens, context)
-        return logits if labels is None else self.loss(logits, labels, loss_mask)
+        if labels is None:
+            return self.run(tokens, context)
+        return self.run_to_loss(tokens, context, range(len(self._stage_names)), labels, loss_mask)
 
     def context(
         self,
@@ -187,6 +194,27 @@ class GPT(nn.Module):
             group=self.groups.tensor,
             kernels=self.kernels,
         )
+
+    def run_to_loss(
+        self, x: Tensor, context: Context, part: range, labels: Tensor, loss_mask: Tensor | None = None
+    ) -> Tensor:
+        """Fold the stages of `part`, which ends with the head, over `x`, and sum the token losses.
+
+        `x` and `context` are those of `run_part`, labels and mask those of `forward`.
+        """
+        if not self.loss_chunk_size:
+            return self.loss(self.run_part(x, context, part), labels, loss_mask)
+        head_loss = partial(
+            chunked_masked_loss,
+            labels_bs=labels,
+            loss_mask_bs=loss_mask,
+            vocab_size=self.vocab_size,
+            group=self.groups.tensor,
+            chunk_size=self.loss_chunk_size,
+            sequence_parallel=self.sequence_parallel,
+            kernels=self.kernels,
+        )
+        return self.run_part(x, replace(context, head_loss=head_loss), part)
 
     def run(self, tokens: Tensor, context: Context) -> Tensor:
         """Fold all stages over [b, s] tokens; returns the logits [s, b, v/t]."""

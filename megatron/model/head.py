@@ -1,4 +1,4 @@
-"""The last stage: from hidden states to logits over the padded vocabulary.
+"""The last stage: from hidden states to logits over the padded vocabulary, or at once to the loss.
 
 Legend: s sequence, b micro-batch, h hidden, v padded vocabulary, t tensor ranks.
 """
@@ -18,7 +18,9 @@ class OutputHead(ColumnParallelLinear):
     """A head with a weight of its own."""
 
     def forward(self, hidden: Tensor, context: Context | None = None) -> Tensor:
-        """[s, b, h], or [s/t, b, h] with sequence parallelism, to logits [s, b, v/t]."""
+        """[s, b, h], or [s/t, b, h] with sequence parallelism, to logits [s, b, v/t], or to `context.head_loss`."""
+        if context is not None and context.head_loss is not None:
+            return context.head_loss(hidden, self.weight)
         return super().forward(hidden)
 
 
@@ -33,8 +35,10 @@ class TiedOutputHead(nn.Module):
         self._embedding = (embedding,)  # in a tuple: a submodule would give the weight a second name
 
     def forward(self, hidden: Tensor, context: Context | None = None) -> Tensor:
-        """[s, b, h], or [s/t, b, h] with sequence parallelism, to logits [s, b, v/t]."""
+        """[s, b, h], or [s/t, b, h] with sequence parallelism, to logits [s, b, v/t], or to `context.head_loss`."""
         (embedding,) = self._embedding
+        if context is not None and context.head_loss is not None:
+            return context.head_loss(hidden, embedding.weight)
         return column_parallel_product(
             hidden, embedding.weight, group=embedding.group, sequence_parallel=embedding.sequence_parallel
         )

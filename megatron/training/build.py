@@ -131,6 +131,7 @@ def build_model(
             attention=attention,
             sequence_parallel=config.parallel.sequence_parallel,
             recompute_policy=recompute.policies[groups.pipeline.rank],
+            loss_chunk_size=config.kernels.loss_chunk_size,
             kernels=kernels,
         )
     return model

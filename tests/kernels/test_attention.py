@@ -9,7 +9,9 @@ import torch
 from megatron.kernels.attention.documents import document_bounds, pack_documents
 from megatron.kernels.attention.interface import AttentionBackend, AttentionRequest, prefer
 from megatron.kernels.attention.pick import AttentionUnavailableError, pick_attention
+from megatron.kernels.attention.unfused import with_softmax
 from megatron.kernels.registry import find_implementations
+from megatron.kernels.softmax import fused_scaled_softmax, scaled_softmax
 from tests.kernels.exact_attention import errors, make_heads, make_ids
 
 ALL = find_implementations("megatron.kernels.attention", AttentionBackend)
@@ -53,6 +55,28 @@ def test_backend_equals_reference_under_a_document_mask(backend, causal, kv_head
     tensors, mask = heads(9, 9, 4, kv_heads), document_mask(9)
     actual = run(backend, tensors, causal=causal, mask=mask)
     torch.testing.assert_close(actual, run(REFERENCE, tensors, causal=causal, mask=mask))
+
+
+@pytest.mark.parametrize("softmax", [scaled_softmax, fused_scaled_softmax])
+def test_a_query_that_may_attend_to_nothing_gives_zeros_and_no_gradient(softmax):
+    tensors, mask = heads(9, 9, 4, 2), document_mask(9).clone()
+    mask[0, :, 4] = False
+    output, query_grad, *others = run(with_softmax(REFERENCE, softmax), tensors, mask=mask)
+    assert not output[4, 0].any()
+    assert not query_grad[4, 0].any()
+    assert all(grad.isfinite().all() for grad in others)
+    mask[0, :, 4] = document_mask(9)[0, :, 4]
+    rest = torch.arange(9) != 4
+    torch.testing.assert_close(output[rest], run(REFERENCE, tensors, mask=mask)[0][rest])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [(9, 9), (1, 9), (4, 9)])
+def test_another_softmax_changes_nothing_in_the_reference_and_no_other_backend(lengths, causal):
+    tensors = heads(*lengths, 4, 2)
+    fused = with_softmax(REFERENCE, fused_scaled_softmax)
+    torch.testing.assert_close(run(fused, tensors, causal=causal), run(REFERENCE, tensors, causal=causal))
+    assert all(with_softmax(backend, fused_scaled_softmax) is backend for backend in OTHERS)
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])

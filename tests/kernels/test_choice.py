@@ -28,7 +28,7 @@ def test_the_cpu_computes_in_plain_torch(loaded):
 def test_a_gpu_takes_all_kernels(loaded):
     kernels, reason = choose_kernels(KernelsConfig(), "cuda")
     assert loaded == list(FUSED)
-    assert reason == "fused norm, rotary, activation, dropout, cross_entropy"
+    assert reason == "fused norm, rotary, activation, dropout, softmax, cross_entropy"
     for replaced in FUSED.values():
         for name, implementation in replaced.items():
             assert getattr(kernels, name) is implementation
@@ -42,6 +42,7 @@ def test_a_gpu_takes_all_kernels(loaded):
         ("no_rope_fusion", "rotary"),
         ("no_bias_gelu_fusion", "activation"),
         ("no_bias_dropout_fusion", "dropout"),
+        ("no_masked_softmax_fusion", "softmax"),
         ("no_cross_entropy_loss_fusion", "cross_entropy"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Fused activations, rotation, cross entropy and dropout, forward and backward."""
+"""Fused activations, rotation and cross entropy, forward and backward."""
 
 import functools
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from megatron.kernels import activation, cross_entropy, dropout, rotary
+from megatron.kernels import activation, cross_entropy, rotary
 from megatron.kernels.activation import ACTIVATIONS, FUSED_ACTIVATIONS, GATED
 from megatron.kernels.cross_entropy import FusedSoftmax
 from tests.kernels.fused import DEVICES, check_against_fp64, gradients, kernels_on, relative_error
@@ -219,69 +219,3 @@ def test_cross_entropy_operators_keep_what_they_promise_torch():
     rows, labels = draw((3, 12)), torch.tensor([0, 11, 3])
     opcheck(cross_entropy._statistics.overload, (rows, labels, 11))
     opcheck(cross_entropy._gradient.overload, (rows, labels, torch.ones(3), torch.ones(3), 11))
-
-
-# ---- dropout
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("x_dtype", "residual_dtype"),
-    [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float16,) * 2, (torch.bfloat16, torch.float32)],
-)
-@pytest.mark.parametrize("columns", [256, 264, 35])
-@pytest.mark.parametrize("biased", [True, False])
-def test_dropout_drops_the_same_in_backward_and_sums_what_is_left(columns, biased, x_dtype, residual_dtype, device):
-    x, residual = draw((40, 2, columns), x_dtype, device, 1), draw((40, 2, columns), residual_dtype, device, 2)
-    bias = draw((columns,), x_dtype, device, 3) if biased else None
-    ones = torch.ones((40, 2, columns), device=device, dtype=residual_dtype)
-    with kernels_on(device):
-        torch.manual_seed(5)
-        key = torch.randint(dropout.KEY_RANGE, (1,), device=device)
-
-        def fused(x, residual, *bias):
-            return dropout._dropout_add(x, bias[0] if bias else None, residual, key, 0.3)
-
-        out, *grads = gradients(fused, [x, residual, *([bias] if biased else [])], [ones])
-        again, *_ = gradients(fused, [x, residual, *([bias] if biased else [])], [ones])
-    factors = grads[0].double()  # of a gradient of ones: zero, or what the others grow by
-    growth = 65536 / (65536 - round(0.3 * 65536))
-    kept = factors != 0
-    assert abs(float(kept.double().mean()) - 0.7) < 4 * (0.21 / kept.numel()) ** 0.5
-    torch.testing.assert_close(factors[kept], torch.full_like(factors[kept], growth), rtol=4e-3, atol=0)
-    expected = residual.double() + kept * growth * (x.double() + (bias.double() if biased else 0))
-    assert torch.equal(out, again)
-    assert relative_error(out, expected) < torch.finfo(residual_dtype).eps
-    assert torch.equal(grads[1], ones)
-    if biased:
-        assert relative_error(grads[2], factors.sum((0, 1))) < torch.finfo(x_dtype).eps
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_dropout_follows_torchs_generator(device):
-    x, residual = draw((16, 64), device=device), torch.zeros(16, 64, device=device)
-    with kernels_on(device):
-        torch.manual_seed(1)
-        first, second = (dropout.fused_dropout_add(x, residual, 0.5) for _ in range(2))
-        torch.manual_seed(1)
-        replayed = dropout.fused_dropout_add(x, residual, 0.5)
-        everything = dropout.fused_dropout_add(x, residual, 0.0)
-    assert torch.equal(first, replayed)
-    assert not torch.equal(first, second)
-    torch.testing.assert_close(everything, x)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_the_mask_depends_on_the_element_and_not_on_how_it_is_computed(device):
-    """A vectorised call and one whose addresses are not aligned draw the same."""
-    flat = torch.ones(1 + 24 * 64, device=device, dtype=torch.bfloat16)
-    key = torch.tensor([12345], device=device)
-    zeros = torch.zeros(24, 64, device=device, dtype=torch.bfloat16)
-    with kernels_on(device):
-        aligned, shifted = (dropout._dropout_add(x.view(24, 64), None, zeros, key, 0.4) for x in (flat[:-1], flat[1:]))
-    assert torch.equal(aligned, shifted)
-
-
-def test_dropout_operators_keep_what_they_promise_torch():
-    x, bias = draw((3, 2, 16)).requires_grad_(), draw((16,)).requires_grad_()
-    opcheck(dropout._dropout_add.overload, (x, bias, draw((3, 2, 16)).requires_grad_(), torch.tensor([7]), 0.5))

@@ -253,3 +253,17 @@ def test_gate_and_up_are_two_blocks_of_one_product():
     qkv = shardings["2.attention.qkv.weight"]
     assert (qkv.blocks, qkv.groups) == ((2, 2), LLAMA["num_key_value_heads"])  # queries, then key and value
     assert shardings["0.weight"].padding == shardings["6.weight"].padding == 12
+
+
+@variants
+def test_the_loss_in_chunks_is_the_loss(variant):
+    tokens, mask = random_tokens(length=17), torch.tensor([[1.0] * 10 + [0.0] * 6, [0.5] * 16])
+    expected = gradients(tiny_gpt(**variant), tokens, loss_mask=mask)
+    found = gradients(tiny_gpt(loss_chunk_size=6, **variant), tokens, loss_mask=mask)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_model_whose_loss_is_in_chunks_still_gives_logits():
+    tokens = random_tokens()
+    assert torch.equal(tiny_gpt(loss_chunk_size=6)(tokens), tiny_gpt()(tokens))

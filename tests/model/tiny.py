@@ -50,6 +50,7 @@ def tiny_gpt(
     seed: int = 1,
     groups: ParallelGroups | None = None,
     recompute_policy: RecomputePolicy = NONE,
+    loss_chunk_size: int = 0,
     **changes: Any,
 ) -> GPT:
     config = tiny_config(**changes)
@@ -59,6 +60,7 @@ def tiny_gpt(
         groups=groups or ParallelGroups.alone(),
         attention=backend_called(backend),
         recompute_policy=recompute_policy,
+        loss_chunk_size=loss_chunk_size,
     )
     initialize_parameters(model, seed, config.init_method_std, config.num_layers)
     return model

@@ -8,6 +8,7 @@ from tests.parallel import test_collectives as collectives
 from tests.parallel import test_cross_entropy as cross_entropy
 from tests.parallel import test_embedding as embedding
 from tests.parallel import test_linear as linear
+from tests.parallel import test_linear_cross_entropy as linear_cross_entropy
 from tests.parallel import test_qkv as qkv
 from tests.parallel import test_recompute as recompute
 from tests.parallel import test_ulysses as ulysses
@@ -44,6 +45,8 @@ def on_gpu(check, *args):
         (ulysses.trades, ()),
         (cross_entropy.matches_torch, (12,)),
         (cross_entropy.matches_torch, (20,)),
+        (linear_cross_entropy.sharded_is_the_whole, (False, 10)),
+        (linear_cross_entropy.sharded_is_the_whole, (True, 10)),
         (recompute.recompute_changes_nothing_on_ranks, ()),
     ],
     ids=lambda value: getattr(value, "__name__", None) or "-".join(map(str, value)),

@@ -1,10 +1,9 @@
 // Laid out as the activations are: a warp takes neighbouring vectors of columns and walks down the rows of a chunk.
 // Eight elements share the 128 random bits of one counter, 16 each; the counter is the index of the eight, so that the
-// mask depends on the key and the element alone.
+// mask depends on the key and the element alone. `megatron/kernels/philox.py` draws the same.
 #include "dropout.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "../include/reduce.cuh"
 #include "../include/vector.cuh"
@@ -13,7 +12,8 @@
 namespace megatron {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kAcross = 32;  // threads of a block beside each other
+constexpr int kDown = 8;     // and below
 constexpr int kBlocksEach = 4;
 constexpr int kSteps = 1 << 16;  // values of an element's 16 bits
 constexpr int kDraws = 8;        // elements of one counter
@@ -24,9 +24,18 @@ struct Drop {
   float growth;
 };
 
-Drop drop_of(float probability) {
-  const int threshold = std::clamp(static_cast<int>(std::lround(probability * kSteps)), 0, kSteps - 1);
-  return {static_cast<std::uint32_t>(threshold), static_cast<float>(kSteps) / static_cast<float>(kSteps - threshold)};
+Drop drop_of(const Dropout& call) {
+  return {static_cast<std::uint32_t>(call.threshold),
+          static_cast<float>(kSteps) / static_cast<float>(kSteps - call.threshold)};
+}
+
+// factor x value + sum, rounded twice, as plain torch does it: the results are then equal in every bit.
+__device__ __forceinline__ float scaled_sum(float factor, float value, float sum) {
+#ifdef __CUDA_ARCH__
+  return __fadd_rn(__fmul_rn(factor, value), sum);
+#else
+  return factor * value + sum;
+#endif
 }
 
 // Factors of kSize elements from `first`, which kSize divides.
@@ -57,23 +66,23 @@ __device__ __forceinline__ Rows rows_of_chunk(const Dropout& call) {
 }
 
 template <typename X, typename R, int kSize>
-__global__ void __launch_bounds__(kWarp* kWarps, kBlocksEach) forward(Dropout call, Drop drop) {
+__global__ void __launch_bounds__(kAcross* kDown, kBlocksEach) forward(Dropout call, Drop drop) {
   constexpr int kAtOnce = 2;
   const X* __restrict__ x = reinterpret_cast<const X*>(call.x);
   const R* __restrict__ residual = reinterpret_cast<const R*>(call.residual);
   R* __restrict__ out = reinterpret_cast<R*>(call.out);
   const std::uint64_t key = *reinterpret_cast<const std::uint64_t*>(call.key);
-  const int column = (blockIdx.x * kWarp + threadIdx.x) * kSize;
+  const int column = (blockIdx.x * kAcross + threadIdx.x) * kSize;
   if (column >= call.columns) return;
   float bias[kSize] = {};
   if (call.bias != 0) Packed<X, kSize>::load(reinterpret_cast<const X*>(call.bias) + column).unpack(bias);
   const Rows rows = rows_of_chunk(call);
-  for (std::int64_t start = rows.begin + threadIdx.y; start < rows.end; start += kAtOnce * kWarps) {
+  for (std::int64_t start = rows.begin + threadIdx.y; start < rows.end; start += kAtOnce * kDown) {
     Packed<X, kSize> parts[kAtOnce];
     Packed<R, kSize> kept[kAtOnce];
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const std::int64_t row = start + n * kWarps, at = row * call.columns + column;
+      const std::int64_t row = start + n * kDown, at = row * call.columns + column;
       if (row < rows.end) {
         parts[n] = Packed<X, kSize>::load(x + at);
         kept[n] = residual == nullptr ? Packed<R, kSize>::zeros() : Packed<R, kSize>::load(residual + at);
@@ -81,16 +90,16 @@ __global__ void __launch_bounds__(kWarp* kWarps, kBlocksEach) forward(Dropout ca
     }
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const std::int64_t row = start + n * kWarps, at = row * call.columns + column;
+      const std::int64_t row = start + n * kDown, at = row * call.columns + column;
       if (row < rows.end) {
         float value[kSize], sum[kSize], factors[kSize];
         parts[n].unpack(value);
         kept[n].unpack(sum);
-        draw(key, static_cast<std::uint64_t>(at), drop, factors);
+        draw(key, static_cast<std::uint64_t>(call.first + at), drop, factors);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
           // A dropped infinity is zero, not NaN.
-          if (factors[i] != 0.0f) sum[i] += factors[i] * (value[i] + bias[i]);
+          if (factors[i] != 0.0f) sum[i] = scaled_sum(factors[i], value[i] + bias[i], sum[i]);
         }
         Packed<R, kSize>::pack(sum).store(out + at);
       }
@@ -99,30 +108,30 @@ __global__ void __launch_bounds__(kWarp* kWarps, kBlocksEach) forward(Dropout ca
 }
 
 template <typename X, typename R, int kSize>
-__global__ void __launch_bounds__(kWarp* kWarps, kBlocksEach) backward(Dropout call, Drop drop) {
+__global__ void __launch_bounds__(kAcross* kDown, kBlocksEach) backward(Dropout call, Drop drop) {
   constexpr int kAtOnce = 2;
-  __shared__ float shared[kWarps][kWarp * kSize];
+  __shared__ float shared[kDown][kAcross * kSize];
   const R* __restrict__ grad_out = reinterpret_cast<const R*>(call.grad_out);
   X* __restrict__ grad_x = reinterpret_cast<X*>(call.grad_x);
   const std::uint64_t key = *reinterpret_cast<const std::uint64_t*>(call.key);
-  const int column = (blockIdx.x * kWarp + threadIdx.x) * kSize;
+  const int column = (blockIdx.x * kAcross + threadIdx.x) * kSize;
   const bool is_here = column < call.columns;
   float sums[kSize] = {};
   const Rows rows = rows_of_chunk(call);
-  for (std::int64_t start = rows.begin + threadIdx.y; is_here && start < rows.end; start += kAtOnce * kWarps) {
+  for (std::int64_t start = rows.begin + threadIdx.y; is_here && start < rows.end; start += kAtOnce * kDown) {
     Packed<R, kSize> grads[kAtOnce];
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const std::int64_t row = start + n * kWarps;
+      const std::int64_t row = start + n * kDown;
       if (row < rows.end) grads[n] = Packed<R, kSize>::load(grad_out + row * call.columns + column);
     }
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const std::int64_t row = start + n * kWarps, at = row * call.columns + column;
+      const std::int64_t row = start + n * kDown, at = row * call.columns + column;
       if (row < rows.end) {
         float grad[kSize], factors[kSize];
         grads[n].unpack(grad);
-        draw(key, static_cast<std::uint64_t>(at), drop, factors);
+        draw(key, static_cast<std::uint64_t>(call.first + at), drop, factors);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
           grad[i] = factors[i] == 0.0f ? 0.0f : factors[i] * grad[i];
@@ -134,14 +143,14 @@ __global__ void __launch_bounds__(kWarp* kWarps, kBlocksEach) backward(Dropout c
   }
   if (call.partial == 0) return;
 #pragma unroll
-  for (int i = 0; i < kSize; ++i) shared[threadIdx.y][i * kWarp + threadIdx.x] = sums[i];
+  for (int i = 0; i < kSize; ++i) shared[threadIdx.y][i * kAcross + threadIdx.x] = sums[i];
   __syncthreads();
   float* partial = reinterpret_cast<float*>(call.partial) + static_cast<std::int64_t>(blockIdx.y) * call.columns;
-  for (int at = threadIdx.y * kWarp + threadIdx.x; at < kWarp * kSize; at += kWarp * kWarps) {
+  for (int at = threadIdx.y * kAcross + threadIdx.x; at < kAcross * kSize; at += kAcross * kDown) {
     float sum = 0.0f;
 #pragma unroll
-    for (int y = 0; y < kWarps; ++y) sum += shared[y][at];
-    const int to = (blockIdx.x * kWarp + at % kWarp) * kSize + at / kWarp;
+    for (int y = 0; y < kDown; ++y) sum += shared[y][at];
+    const int to = (blockIdx.x * kAcross + at % kAcross) * kSize + at / kAcross;
     if (to < call.columns) partial[to] = sum;
   }
 }
@@ -163,7 +172,7 @@ void with_types(const Dropout& call, int x_type, int residual_type, Function&& f
   with_type(x_type, [&](auto x) {
     const auto with_residual = [&](auto r) {
       constexpr int kSize = vector_size<typename decltype(r)::type>;
-      const bool vectors = call.columns % kSize == 0 && is_aligned(call.x) && is_aligned(call.bias) &&
+      const bool vectors = call.columns % kSize == 0 && call.first % kSize == 0 && is_aligned(call.x) && is_aligned(call.bias) &&
                            is_aligned(call.residual) && is_aligned(call.out) && is_aligned(call.grad_out) &&
                            is_aligned(call.grad_x);
       if (vectors) {
@@ -177,7 +186,7 @@ void with_types(const Dropout& call, int x_type, int residual_type, Function&& f
 }
 
 dim3 grid_of(const Dropout& call, int size) {
-  return dim3(static_cast<unsigned>(ceil_div(call.columns, kWarp * size)), call.chunks);
+  return dim3(static_cast<unsigned>(ceil_div(call.columns, kAcross * size)), call.chunks);
 }
 
 }  // namespace
@@ -185,9 +194,9 @@ dim3 grid_of(const Dropout& call, int size) {
 int dropout_chunks(std::int64_t rows, int columns, int x_type, int device) {
   int chunks = 1;
   with_type(x_type, [&](auto x) {
-    const std::int64_t across = ceil_div(columns, kWarp * vector_size<typename decltype(x)::type>);
+    const std::int64_t across = ceil_div(columns, kAcross * vector_size<typename decltype(x)::type>);
     const std::int64_t wanted = std::max<std::int64_t>(1, kBlocksEach * multiprocessors(device) / across);
-    chunks = static_cast<int>(std::clamp<std::int64_t>(ceil_div(rows, kWarps), 1, wanted));
+    chunks = static_cast<int>(std::clamp<std::int64_t>(ceil_div(rows, kDown), 1, wanted));
   });
   return chunks;
 }
@@ -197,7 +206,7 @@ void dropout_forward(const Dropout& call, int x_type, int residual_type, const P
   const DeviceGuard guard(place.device);
   with_types(call, x_type, residual_type, [&](auto x, auto r, auto size) {
     launch("the dropout's forward", forward<typename decltype(x)::type, typename decltype(r)::type, size()>,
-           grid_of(call, size()), dim3(kWarp, kWarps), 0, place, call, drop_of(call.probability));
+           grid_of(call, size()), dim3(kAcross, kDown), 0, place, call, drop_of(call));
   });
 }
 
@@ -206,7 +215,7 @@ void dropout_backward(const Dropout& call, int x_type, int residual_type, const 
   with_types(call, x_type, residual_type, [&](auto x, auto r, auto size) {
     using X = typename decltype(x)::type;
     launch("the dropout's backward", backward<X, typename decltype(r)::type, size()>, grid_of(call, size()),
-           dim3(kWarp, kWarps), 0, place, call, drop_of(call.probability));
+           dim3(kAcross, kDown), 0, place, call, drop_of(call));
     if (call.grad_bias == 0) return;
     launch("the dropout's backward", sum_chunks<X>, dim3(static_cast<unsigned>(ceil_div(call.columns, kWarp))),
            dim3(kWarp, kWarp), 0, place, reinterpret_cast<const float*>(call.partial), call.chunks, call.columns,

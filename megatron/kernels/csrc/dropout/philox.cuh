@@ -1,5 +1,5 @@
 // Random numbers as a function of a key and a counter (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
-// 3", Philox4x32 with the 7 rounds that suffice there).
+// 3", Philox4x32 with 10 rounds).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@ struct FourWords {
 __host__ __device__ __forceinline__ FourWords philox(std::uint64_t key, std::uint64_t counter) {
   constexpr std::uint64_t kFirstFactor = 0xD2511F53u, kSecondFactor = 0xCD9E8D57u;
   constexpr std::uint32_t kFirstStep = 0x9E3779B9u, kSecondStep = 0xBB67AE85u;
-  constexpr int kRounds = 7;
+  constexpr int kRounds = 10;
   std::uint32_t a = static_cast<std::uint32_t>(counter), b = static_cast<std::uint32_t>(counter >> 32), c = 0, d = 0;
   std::uint32_t first = static_cast<std::uint32_t>(key), second = static_cast<std::uint32_t>(key >> 32);
 #pragma unroll

@@ -1,0 +1,332 @@
+// A row is held in registers from its one read to its one write: by a warp when it is short, else by as many warps as it
+// takes. Rows that are too long for that, or not aligned for vectors, are read twice. Of causal rows only the keys that
+// the query sees are read.
+#include "softmax.h"
+
+#include <algorithm>
+
+#include "../include/reduce.cuh"
+#include "../include/vector.cuh"
+
+namespace megatron {
+namespace {
+
+constexpr int kMostThreads = 512;
+constexpr int kShortThreads = 128;  // of a block whose warps have a row each
+constexpr int kMostVectors = 4;     // of a thread, in registers
+
+template <bool kExact>
+__device__ __forceinline__ float exponential(float x) {
+  return kExact ? expf(x) : __expf(x);
+}
+
+// One row, as its threads see it.
+struct Row {
+  std::int64_t first;        // index of its first element
+  int visible;               // keys before the first that causality hides
+  const std::uint8_t* mask;  // of this query, or null
+
+  // Whether the query may attend to kSize keys from `key`, which kSize divides.
+  template <int kSize>
+  __device__ __forceinline__ void allows(int key, bool (&may)[kSize]) const {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) may[i] = key + i < visible;
+    if (mask == nullptr) return;
+    if constexpr (kSize > 1) {
+      if (reinterpret_cast<std::uintptr_t>(mask) % kSize == 0) {
+        const auto raw = *reinterpret_cast<const typename RawOf<kSize>::type*>(mask + key);
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) may[i] = may[i] && reinterpret_cast<const std::uint8_t*>(&raw)[i] != 0;
+        return;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) may[i] = may[i] && mask[key + i] != 0;
+  }
+};
+
+__device__ __forceinline__ Row row_of(const Softmax& call, std::int64_t index) {
+  const int query = static_cast<int>(index % call.queries);
+  const std::int64_t batch = index / call.queries / call.heads;
+  Row row{index * call.keys, call.keys, nullptr};
+  if (call.causal) row.visible = min(max(call.keys - call.queries + query + 1, 0), call.keys);
+  if (call.mask != 0) {
+    row.mask = reinterpret_cast<const std::uint8_t*>(call.mask) + batch * call.mask_batch + query * call.mask_query;
+  }
+  return row;
+}
+
+// Combines a number of each thread of a row, which all threads of it get. A block has one row or a warp for each row.
+// `scratch` is not written again before all have read it: the sum and the maximum have one each.
+template <typename Combine>
+__device__ __forceinline__ float over_row(float value, float neutral, float* scratch, Combine combine) {
+  value = combine(value);
+  const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
+  if (warps == 1) return value;
+  if (lane == 0) scratch[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  return combine(lane < warps ? scratch[lane] : neutral);
+}
+
+__device__ __forceinline__ float row_maximum(float value, float* scratch) {
+  return over_row(value, -INFINITY, scratch, [](float x) { return warp_max(x); });
+}
+
+__device__ __forceinline__ float row_total(float value, float* scratch) {
+  return over_row(value, 0.0f, scratch, [](float x) { return warp_sum(x); });
+}
+
+// kVectors vectors a thread hold the row.
+template <typename T, int kVectors>
+__global__ void __launch_bounds__(kMostThreads) forward(Softmax call) {
+  constexpr int kSize = vector_size<T>;
+  constexpr bool kExact = std::is_same_v<T, float>;
+  __shared__ float maxima[kMostWarps], totals[kMostWarps];
+  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (index >= call.rows) return;  // a whole warp, or the whole block
+  const Row row = row_of(call, index);
+  const T* __restrict__ scores = reinterpret_cast<const T*>(call.scores) + row.first;
+  T* __restrict__ weights = reinterpret_cast<T*>(call.weights) + row.first;
+  Packed<T, kSize> packed[kVectors];
+#pragma unroll
+  for (int n = 0; n < kVectors; ++n) {
+    const int key = (n * blockDim.x + threadIdx.x) * kSize;
+    if (key < row.visible) packed[n] = Packed<T, kSize>::load(scores + key);
+  }
+  float values[kVectors][kSize], highest = -INFINITY;
+#pragma unroll
+  for (int n = 0; n < kVectors; ++n) {
+    const int key = (n * blockDim.x + threadIdx.x) * kSize;
+    if (key < row.visible) {
+      bool may[kSize];
+      row.allows(key, may);
+      packed[n].unpack(values[n]);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        values[n][i] = may[i] ? call.scale * values[n][i] : -INFINITY;
+        highest = fmaxf(highest, values[n][i]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) values[n][i] = -INFINITY;
+    }
+  }
+  highest = row_maximum(highest, maxima);
+  if (highest == -INFINITY) highest = 0.0f;  // nothing to attend to: every share below is zero
+  float total = 0.0f;
+#pragma unroll
+  for (int n = 0; n < kVectors; ++n) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      values[n][i] = exponential<kExact>(values[n][i] - highest);
+      total += values[n][i];
+    }
+  }
+  total = row_total(total, totals);
+  const float share = total == 0.0f ? 0.0f : 1.0f / total;
+#pragma unroll
+  for (int n = 0; n < kVectors; ++n) {
+    const int key = (n * blockDim.x + threadIdx.x) * kSize;
+    if (key < call.keys) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) values[n][i] *= share;
+      Packed<T, kSize>::pack(values[n]).store(weights + key);
+    }
+  }
+}
+
+// grad of scores = scale x weights x (grad of weights - sum of weights x grad of weights)
+template <typename T, int kVectors>
+__global__ void __launch_bounds__(kMostThreads) backward(Softmax call) {
+  constexpr int kSize = vector_size<T>;
+  __shared__ float totals[kMostWarps];
+  const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (index >= call.rows) return;
+  const Row row = row_of(call, index);
+  const T* __restrict__ weights = reinterpret_cast<const T*>(call.weights) + row.first;
+  const T* __restrict__ grad_weights = reinterpret_cast<const T*>(call.grad_weights) + row.first;
+  T* __restrict__ grad_scores = reinterpret_cast<T*>(call.grad_scores) + row.first;
+  Packed<T, kSize> packed[kVectors], grads[kVectors];
+#pragma unroll
+  for (int n = 0; n < kVectors; ++n) {
+    const int key = (n * blockDim.x + threadIdx.x) * kSize;
+    if (key < row.visible) {
+      packed[n] = Packed<T, kSize>::load(weights + key);
+      grads[n] = Packed<T, kSize>::load(grad_weights + key);
+    } else {
+      packed[n] = grads[n] = Packed<T, kSize>::zeros();
+    }
+  }
+  float total = 0.0f;
+#pragma unroll
+  for (int n = 0; n < kVectors; ++n) {
+    const int key = (n * blockDim.x + threadIdx.x) * kSize;
+    float weight[kSize], grad[kSize];
+    packed[n].unpack(weight);
+    grads[n].unpack(grad);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) total += key + i < row.visible ? weight[i] * grad[i] : 0.0f;
+  }
+  total = row_total(total, totals);
+#pragma unroll
+  for (int n = 0; n < kVectors; ++n) {
+    const int key = (n * blockDim.x + threadIdx.x) * kSize;
+    if (key < call.keys) {
+      float weight[kSize], grad[kSize];
+      packed[n].unpack(weight);
+      grads[n].unpack(grad);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        grad[i] = key + i < row.visible ? call.scale * weight[i] * (grad[i] - total) : 0.0f;
+      }
+      Packed<T, kSize>::pack(grad).store(grad_scores + key);
+    }
+  }
+}
+
+// The highest of some numbers and the sum of exp(number - highest).
+template <bool kExact>
+struct Running {
+  float highest = -INFINITY, sum = 0.0f;
+
+  __device__ __forceinline__ void take(float value) {
+    if (value > highest) {
+      sum *= exponential<kExact>(highest - value);
+      highest = value;
+    }
+    if (value != -INFINITY) sum += exponential<kExact>(value - highest);  // a NaN is not lost
+  }
+};
+
+// Rows of any length and alignment, kSize elements at a time; a block has one row.
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kMostThreads) long_forward(Softmax call) {
+  constexpr bool kExact = std::is_same_v<T, float>;
+  __shared__ float maxima[kMostWarps], totals[kMostWarps];
+  const Row row = row_of(call, blockIdx.x);
+  const T* scores = reinterpret_cast<const T*>(call.scores) + row.first;
+  T* weights = reinterpret_cast<T*>(call.weights) + row.first;
+  const auto load = [&](int key, float (&values)[kSize]) {
+    bool may[kSize];
+    row.allows(key, may);
+    Packed<T, kSize>::load(scores + key).unpack(values);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) values[i] = may[i] ? call.scale * values[i] : -INFINITY;
+  };
+  Running<kExact> running;
+  for (int key = threadIdx.x * kSize; key < row.visible; key += blockDim.x * kSize) {
+    float values[kSize];
+    load(key, values);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) running.take(values[i]);
+  }
+  float highest = row_maximum(running.highest, maxima);
+  if (highest == -INFINITY) highest = 0.0f;
+  const float total = row_total(running.sum * exponential<kExact>(running.highest - highest), totals);
+  const float share = total == 0.0f ? 0.0f : 1.0f / total;
+  for (int key = threadIdx.x * kSize; key < call.keys; key += blockDim.x * kSize) {
+    float values[kSize] = {};
+    if (key < row.visible) {
+      load(key, values);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) values[i] = share * exponential<kExact>(values[i] - highest);
+    }
+    Packed<T, kSize>::pack(values).store(weights + key);
+  }
+}
+
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kMostThreads) long_backward(Softmax call) {
+  __shared__ float totals[kMostWarps];
+  const Row row = row_of(call, blockIdx.x);
+  const T* weights = reinterpret_cast<const T*>(call.weights) + row.first;
+  const T* grad_weights = reinterpret_cast<const T*>(call.grad_weights) + row.first;
+  T* grad_scores = reinterpret_cast<T*>(call.grad_scores) + row.first;
+  float total = 0.0f;
+  for (int key = threadIdx.x * kSize; key < row.visible; key += blockDim.x * kSize) {
+    float weight[kSize], grad[kSize];
+    Packed<T, kSize>::load(weights + key).unpack(weight);
+    Packed<T, kSize>::load(grad_weights + key).unpack(grad);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) total += key + i < row.visible ? weight[i] * grad[i] : 0.0f;
+  }
+  total = row_total(total, totals);
+  for (int key = threadIdx.x * kSize; key < call.keys; key += blockDim.x * kSize) {
+    float weight[kSize] = {}, grad[kSize] = {};
+    if (key < row.visible) {
+      Packed<T, kSize>::load(weights + key).unpack(weight);
+      Packed<T, kSize>::load(grad_weights + key).unpack(grad);
+    }
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      grad[i] = key + i < row.visible ? call.scale * weight[i] * (grad[i] - total) : 0.0f;
+    }
+    Packed<T, kSize>::pack(grad).store(grad_scores + key);
+  }
+}
+
+int whole_warps(std::int64_t threads) { return static_cast<int>(ceil_div(threads, kWarp)) * kWarp; }
+
+bool is_aligned_for_vectors(const Softmax& call, int size) {
+  return call.keys % size == 0 && is_aligned(call.scores) && is_aligned(call.weights) &&
+         is_aligned(call.grad_weights) && is_aligned(call.grad_scores);
+}
+
+// Calls `function(type, vectors, grid, block)` for rows that registers hold.
+template <typename X, typename Function>
+void with_registers(const Softmax& call, X type, Function&& function) {
+  constexpr int kSize = vector_size<typename X::type>;
+  const std::int64_t vectors = call.keys / kSize;
+  const int threads = std::max(kWarp, whole_warps(ceil_div(vectors, kMostVectors)));
+  const dim3 block(threads, threads == kWarp ? kShortThreads / kWarp : 1);
+  const dim3 grid(static_cast<unsigned>(ceil_div(call.rows, block.y)));
+  if (vectors <= kWarp) return function(type, std::integral_constant<int, 1>{}, grid, block);
+  if (vectors <= 2 * kWarp) return function(type, std::integral_constant<int, 2>{}, grid, block);
+  function(type, std::integral_constant<int, kMostVectors>{}, grid, block);
+}
+
+// Calls one of the two functions, of them the one whose kernel takes rows such as these.
+template <typename InRegisters, typename Long>
+void with_rows(const Softmax& call, int type, InRegisters&& in_registers, Long&& longer) {
+  if (call.rows == 0 || call.keys == 0) return;
+  with_type(type, [&](auto t) {
+    constexpr int kSize = vector_size<typename decltype(t)::type>;
+    const dim3 grid(static_cast<unsigned>(call.rows));
+    if (!is_aligned_for_vectors(call, kSize)) {
+      longer(t, std::integral_constant<int, 1>{}, grid, dim3(std::min(whole_warps(call.keys), kMostThreads)));
+    } else if (call.keys <= kMostThreads * kMostVectors * kSize) {
+      with_registers(call, t, in_registers);
+    } else {
+      longer(t, std::integral_constant<int, kSize>{}, grid, dim3(kMostThreads));
+    }
+  });
+}
+
+}  // namespace
+
+void softmax_forward(const Softmax& call, int type, const Place& place) {
+  const DeviceGuard guard(place.device);
+  with_rows(
+      call, type,
+      [&](auto t, auto vectors, dim3 grid, dim3 block) {
+        launch("the softmax's forward", forward<typename decltype(t)::type, vectors()>, grid, block, 0, place, call);
+      },
+      [&](auto t, auto size, dim3 grid, dim3 block) {
+        launch("the softmax's forward", long_forward<typename decltype(t)::type, size()>, grid, block, 0, place, call);
+      });
+}
+
+void softmax_backward(const Softmax& call, int type, const Place& place) {
+  const DeviceGuard guard(place.device);
+  with_rows(
+      call, type,
+      [&](auto t, auto vectors, dim3 grid, dim3 block) {
+        launch("the softmax's backward", backward<typename decltype(t)::type, vectors()>, grid, block, 0, place, call);
+      },
+      [&](auto t, auto size, dim3 grid, dim3 block) {
+        launch("the softmax's backward", long_backward<typename decltype(t)::type, size()>, grid, block, 0, place,
+               call);
+      });
+}
+
+}  // namespace megatron

@@ -1,0 +1,207 @@
+"""The output head's product and the cross entropy of its logits as one function, which never holds all logits.
+
+The loss of a token needs the logits of that token alone. So the logits of a chunk of tokens are made, turned into their
+loss and at once into the gradients of the head's input and weight, and overwritten by those of the next chunk (Wijmans
+et al. 2024, "Cut your losses in large-vocabulary language models"; Hsu et al. 2024, "Liger kernel"). The products are
+the same three as without chunks; what is saved for backward is gradients: no logits.
+
+Legend: s sequence, b micro-batch, h hidden, v padded vocabulary, t tensor ranks, n tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron.parallel.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
+from megatron.parallel.cross_entropy import PlainSoftmax, ShardedSoftmax
+from megatron.parallel.groups import Group
+
+FP16_LIFT = 256.0
+"""Factor on unit gradients in fp16. They are made before the loss scale is known; without it those of unlikely tokens,
+1e-5 and less, would be rounded away. Products of them stay finite for weights up to 127."""
+PART_ELEMENTS = 2**22
+"""Of a gradient that is scaled: 16 MiB in fp32."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels_sb: Tensor,
+    loss_mask_sb: Tensor | None,
+    *,
+    group: Group,
+    vocab_size: int,
+    chunk_size: int,
+    sequence_parallel: bool = False,
+    softmax: ShardedSoftmax | None = None,
+) -> Tensor:
+    """Sum over tokens of loss mask x -log softmax(hidden weight^T)[label], an fp32 scalar, the same on every rank.
+
+    Forward computes the gradients of the sum, where autograd is on; backward multiplies them by the gradient that
+    arrives. The weight's are summed over the chunks in fp32 and rounded once, after that multiplication; the input's
+    are rounded before and after it.
+
+    Args:
+        hidden: [s, b, h] the same on all ranks, or this rank's shard [s/t, b, h] with sequence parallelism.
+        weight: this rank's rows, [v/t, h].
+        labels_sb: token ids, [s, b]; as in `vocab_parallel_cross_entropy`.
+        loss_mask_sb: weight of each token's loss, [s, b]; None: all ones.
+        group: the ranks that share the vocabulary.
+        vocab_size: columns that are tokens; the rest is padding and takes no part.
+        chunk_size: tokens whose logits exist at a time. A chunk is made of whole positions, of every rank's shard with
+            sequence parallelism, and has one at least.
+        sequence_parallel: whether `hidden` is a shard of the sequence.
+        softmax: computes the passes over the logits of a chunk; by default plain torch.
+    """
+    job = _Job(
+        group=group,
+        vocab_size=vocab_size,
+        chunk_size=chunk_size,
+        pieces=group.size if sequence_parallel else 1,
+        softmax=softmax if softmax is not None and softmax.serves(hidden) else PlainSoftmax(),
+        wants_gradients=torch.is_grad_enabled(),
+    )
+    if loss_mask_sb is None:
+        loss_mask_sb = torch.ones_like(labels_sb, dtype=torch.float32)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels_sb, loss_mask_sb, job)
+    return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What is known before the first chunk.
+
+    Attributes:
+        pieces: shards of the sequence that a chunk takes its positions from.
+    """
+
+    group: Group
+    vocab_size: int
+    chunk_size: int
+    pieces: int
+    softmax: ShardedSoftmax
+    wants_gradients: bool
+
+    def chunks(self, hidden: Tensor) -> Iterator[slice]:
+        """Cut dim 0 of the input into chunks."""
+        length, batch, _ = hidden.shape
+        step = max(1, self.chunk_size // max(1, batch * self.pieces))
+        for start in range(0, length, step):
+            yield slice(start, min(start + step, length))
+
+    def pick(self, of_sequence_sb: Tensor, chunk: slice) -> Tensor:
+        """Take a chunk's values [n] of something that every rank has whole."""
+        length = of_sequence_sb.shape[0] // self.pieces
+        return of_sequence_sb.unflatten(0, (self.pieces, length))[:, chunk].flatten()
+
+    def gather(self, hidden: Tensor, chunk: slice) -> Pending:
+        """Start to collect a chunk's positions from all ranks."""
+        own = hidden[chunk]
+        return Pending(own, None) if self.pieces == 1 else start_all_gather(own, self.group)
+
+    def reduce(self, summand: Tensor) -> Pending:
+        """Start to sum the gradient of a chunk's positions over the ranks."""
+        if self.group.size == 1:
+            return Pending(summand, None)
+        return (start_all_reduce if self.pieces == 1 else start_reduce_scatter)(summand, self.group)
+
+    def losses(self, logits_nv: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return each token's loss and the log of its softmax's denominator, fp32 [n], and its column on this rank."""
+        first = self.group.rank * logits_nv.shape[1]
+        columns = labels_n - first
+        statistics = torch.stack(self.softmax.statistics(logits_nv, columns, self.num_tokens(logits_nv)))
+        every_3 = start_all_gather(statistics.unsqueeze(0), self.group).wait() if self.group.size > 1 else None
+        highest, exp_sum, label_logit = statistics if every_3 is None else _join(every_3)
+        log_sum = highest + exp_sum.log()
+        return log_sum - label_logit, log_sum, columns
+
+    def num_tokens(self, logits_nv: Tensor) -> int:
+        """Count this rank's columns that are no padding."""
+        columns = logits_nv.shape[1]
+        return min(max(self.vocab_size - self.group.rank * columns, 0), columns)
+
+
+def _join(statistics_t3n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Combine the ranks' highest logits, sums of exponentials relative to them, and labels' logits."""
+    highest_tn, exp_sum_tn, label_logit_tn = statistics_t3n.unbind(1)
+    highest = highest_tn.amax(dim=0)
+    return highest, (exp_sum_tn * (highest_tn - highest).exp()).sum(dim=0), label_logit_tn.sum(dim=0)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Forward does all the work; backward scales its result."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels_sb: Tensor, mask_sb: Tensor, job: _Job) -> Tensor:
+        wants_hidden, wants_weight = (wanted and job.wants_gradients for wanted in ctx.needs_input_grad[:2])
+        lift = FP16_LIFT if hidden.dtype == torch.float16 else 1.0
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = None
+        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        chunks = list(job.chunks(hidden))
+        arriving = [job.gather(hidden, chunks[0])] if chunks else []
+        leaving: list[tuple[slice, Pending]] = []
+        for index, chunk in enumerate(chunks):
+            whole = arriving.pop().wait()
+            arriving += [job.gather(hidden, following) for following in chunks[index + 1 : index + 2]]
+            rows, mask = whole.flatten(0, 1), job.pick(mask_sb, chunk).float()
+            logits = rows @ weight.t()
+            losses, log_sum, columns = job.losses(logits, job.pick(labels_sb, chunk))
+            loss_sum += (losses * mask).sum()
+            if not (wants_hidden or wants_weight):
+                continue
+            grad_logits = job.softmax.gradient(logits, columns, log_sum, mask * lift, job.num_tokens(logits))
+            if grad_hidden is not None:
+                _put(grad_hidden, leaving)
+                leaving.append((chunk, job.reduce((grad_logits @ weight).view_as(whole))))
+            if wants_weight:
+                grad_weight = _add_product(grad_weight, grad_logits, rows)
+            del logits, grad_logits  # else they live while the next chunk's are made
+        if grad_hidden is not None:
+            _put(grad_hidden, leaving)
+        if wants_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.lift, ctx.dtype = lift, weight.dtype
+        return loss_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        unit_hidden, unit_weight = ctx.saved_tensors
+        scale = grad_loss.float() / ctx.lift
+        grad_hidden = None if unit_hidden is None else _scaled(unit_hidden, scale, unit_hidden.dtype)
+        grad_weight = None if unit_weight is None else _scaled(unit_weight, scale, ctx.dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _put(grad_hidden: Tensor, leaving: list[tuple[slice, Pending]]) -> None:
+    """Write the gradients that have been summed over the ranks meanwhile to their place."""
+    for chunk, pending in leaving:
+        grad_hidden[chunk] = pending.wait()
+    leaving.clear()
+
+
+def _add_product(total: Tensor | None, grad_logits: Tensor, rows: Tensor) -> Tensor:
+    """Add grad_logits^T rows to the sum so far, in place; both in fp32."""
+    left = grad_logits.t()
+    if rows.dtype == torch.float32 or rows.device.type != "cuda":
+        left, rows = left.float(), rows.float()
+        return left @ rows if total is None else total.addmm_(left, rows)
+    if total is None:
+        return torch.mm(left, rows, out_dtype=torch.float32)
+    return torch.addmm(total, left, rows, out_dtype=torch.float32, out=total)
+
+
+def _scaled(unit: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply in fp32 and round once, in parts that stay in the cache between the two."""
+    scaled = torch.empty_like(unit, dtype=dtype)
+    for part, out in zip(unit.view(-1).split(PART_ELEMENTS), scaled.view(-1).split(PART_ELEMENTS), strict=True):
+        out.copy_(part.float() * scale)
+    return scaled

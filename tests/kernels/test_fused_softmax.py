@@ -1,0 +1,144 @@
+"""Softmax of attention scores, fused: as exact as plain torch, for any lengths and masks."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from megatron.kernels import softmax
+from megatron.kernels.softmax import fused_scaled_softmax, scaled_softmax
+from tests.kernels.fused import DEVICES, gradients, kernels_on, relative_error
+from tests.kernels.test_fused_pointwise import draw
+
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def random_mask(batch, queries, keys, device, share=0.5):
+    """Some queries may attend to nothing."""
+    mask = draw((batch, 1, queries, keys), device=device, seed=8) > torch.distributions.Normal(0, 1).icdf(
+        torch.tensor(share, device="cpu")
+    )
+    mask[:, :, ::3] = False
+    return mask
+
+
+def exact_gradient(weights, grad, scale):
+    weights, grad = weights.double(), grad.double()
+    return scale * weights * (grad - (weights * grad).sum(dim=-1, keepdim=True))
+
+
+def check(device, shape, dtype, *, causal=False, masked=False, scale=0.3):
+    """Forward beside fp64 and plain torch; backward beside its formula in fp64, of the weights that forward gave."""
+    batch, _, queries, keys = shape
+    mask = random_mask(batch, queries, keys, device) if masked else None
+    scores, grad = draw(shape, dtype, device, 1, 4.0), draw(shape, dtype, device, 2)
+    fused, plain = (
+        functools.partial(function, scale=scale, causal=causal, mask=mask)
+        for function in (fused_scaled_softmax, scaled_softmax)
+    )
+    with kernels_on(device):
+        weights, grad_scores = gradients(fused, [scores], [grad])
+        again = gradients(fused, [scores], [grad])
+    assert torch.equal(weights, again[0]), "differs between two runs"
+    assert torch.equal(grad_scores, again[1]), "differs between two runs"
+    exact, resolution = plain(scores.double()), torch.finfo(dtype).eps
+    assert relative_error(weights, exact) <= 1.1 * relative_error(plain(scores), exact) + max(resolution / 20, 4e-7)
+    # What the difference cancels is lost in fp32 as well: the bound is relative to its terms.
+    terms = exact_gradient(weights, grad.abs(), scale).abs() + (scale * weights * grad).abs().double()
+    error = (grad_scores.double() - exact_gradient(weights, grad, scale)).norm()
+    assert error <= resolution * terms.norm() + 1e-30
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("keys", [7, 40, 256, 1032])
+def test_softmax_and_its_gradient_are_as_exact_as_plain_torch(keys, causal, masked, dtype, device):
+    check(device, (2, 2, 3, keys), dtype, causal=causal, masked=masked)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("keys", [2048, 16392, 20001])
+def test_long_rows(keys, device):
+    check(device, (1, 1, 2, keys), torch.bfloat16, causal=True)
+
+
+@pytest.mark.gpu
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 70), st.integers(1, 17000)),
+    dtype=st.sampled_from(TYPES),
+    causal=st.booleans(),
+    masked=st.booleans(),
+)
+def test_any_shape_and_mask(shape, dtype, causal, masked):
+    check("cuda", shape, dtype, causal=causal, masked=masked)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [512, 1024, 2048, 4096, 8192, 16384])
+def test_square_causal_scores(keys):
+    check("cuda", (1, 2, min(keys, 2048), keys), torch.bfloat16, causal=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("keys", [35, 264, 1032])
+def test_a_query_without_keys_gets_zeros_and_gives_no_gradient(keys, device):
+    mask = torch.ones(1, 1, 3, keys, dtype=torch.bool, device=device)
+    mask[:, :, 1] = False
+    for function in (fused_scaled_softmax, scaled_softmax):
+        with kernels_on(device):
+            weights, grad = gradients(
+                functools.partial(function, mask=mask),
+                [draw((2, 2, 3, keys), torch.bfloat16, device, 1)],
+                [draw((2, 2, 3, keys), torch.bfloat16, device, 2)],
+            )
+        assert not weights[:, :, 1].any()
+        assert not grad[:, :, 1].any()
+        torch.testing.assert_close(weights[:, :, 0].float().sum(-1), torch.ones(2, 2, device=device), rtol=0, atol=0.01)
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_more_queries_than_keys_leave_the_first_ones_without_keys(device):
+    check(device, (1, 2, 24, 16), torch.bfloat16, causal=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_strides_are_read_as_such(device):
+    scores = draw((4, 2, 5, 64), torch.bfloat16, device).transpose(0, 1)
+    mask = random_mask(1, 5, 128, device)[..., ::2]
+    with kernels_on(device):
+        found = fused_scaled_softmax(scores, mask=mask)
+        expected = fused_scaled_softmax(scores.contiguous(), mask=mask.contiguous().expand(2, 1, 5, 64))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("keys", [33, 264])
+def test_scores_near_the_limits_of_fp16_stay_finite(keys, device):
+    scores = torch.full((1, 1, 2, keys), 6e4, dtype=torch.float16, device=device)
+    scores[..., ::2] = -6e4
+    with kernels_on(device):
+        weights = fused_scaled_softmax(scores, scale=8.0)
+    torch.testing.assert_close(weights, scaled_softmax(scores, scale=8.0))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_nan_stays_in_its_row(device):
+    scores = draw((1, 1, 2, 264), torch.bfloat16, device)
+    scores[0, 0, 1, 5] = float("nan")
+    with kernels_on(device):
+        weights = fused_scaled_softmax(scores)
+    assert weights[0, 0, 1].isnan().all()
+    assert weights[0, 0, 0].isfinite().all()
+
+
+def test_operators_keep_what_they_promise_torch():
+    scores = draw((2, 2, 3, 16)).requires_grad_()
+    opcheck(softmax._softmax.overload, (scores, random_mask(2, 3, 16, "cpu"), 0.5, True))
+    opcheck(softmax._softmax.overload, (scores, None, 0.5, False))
