@@ -285,3 +285,24 @@ def test_the_mask_depends_on_the_element_and_not_on_how_it_is_computed(device):
 def test_dropout_operators_keep_what_they_promise_torch():
     x, bias = draw((3, 2, 16)).requires_grad_(), draw((16,)).requires_grad_()
     opcheck(dropout._dropout_add.overload, (x, bias, draw((3, 2, 16)).requires_grad_(), torch.tensor([7]), 0.5))
+
+
+# ---- on a GPU, through torch's dispatcher
+
+
+@pytest.mark.gpu
+def test_operators_on_a_gpu_keep_what_they_promise_torch():
+    cos, sin = tables(9, 8, "cuda")
+
+    def leaf(*shape):
+        return draw(shape, torch.bfloat16, "cuda").requires_grad_()
+
+    for name in ACTIVATIONS:
+        opcheck(activation._activation.overload, (leaf(3, 2, 16), leaf(16), name))
+    opcheck(rotary._rotate.overload, (leaf(9, 2, 3, 16), cos, sin, None, True, False))
+    opcheck(rotary._split.overload, (leaf(9, 2, 2 * 5 * 16), cos, sin, None, 2, 16, False))
+    key = torch.tensor([7], device="cuda")
+    opcheck(dropout._dropout_add.overload, (leaf(3, 2, 16), leaf(16), leaf(3, 2, 16), key, 0.5))
+    rows, labels, ones = draw((3, 12), device="cuda"), torch.tensor([0, 11, 3], device="cuda"), torch.ones(3).cuda()
+    opcheck(cross_entropy._statistics.overload, (rows, labels, 11))
+    opcheck(cross_entropy._gradient.overload, (rows, labels, ones, ones, 11))
