@@ -80,8 +80,11 @@ class Attention(nn.Module):
             sequence_parallel=sequence_parallel,
         )
 
-    def forward(self, hidden: Tensor, context: Context) -> Tensor:
-        """[s, b, h] to [s, b, h]; shards [s/t, b, h] to such with sequence parallelism."""
+    def forward(self, hidden: Tensor, context: Context, *, with_bias: bool = True) -> Tensor:
+        """[s, b, h] to [s, b, h]; shards [s/t, b, h] to such with sequence parallelism.
+
+        Without the bias, that of the last product is left to the caller.
+        """
         query_sbnd, key_sbkd, value_sbkd = self._heads(hidden, context)
         if context.cache is not None:
             key_sbkd, value_sbkd = context.cache.append(self.layer, key_sbkd, value_sbkd)
@@ -100,7 +103,9 @@ class Attention(nn.Module):
                 window=self.window if context.attention_mask is None else 0,
                 softcap=self.softcap,
             )
-        return self.output(attended_sbnd.flatten(2))
+        product = self.output if with_bias else self.output.product
+        result: Tensor = product(attended_sbnd.flatten(2))
+        return result
 
     def _heads(self, hidden: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Make query [s, b, n, d], key and value [s, b, k, d], at their positions."""

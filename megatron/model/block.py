@@ -54,10 +54,12 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """[s, b, h] to [s, b, h], in the dtype of the residual stream."""
         hidden, normed = self.attention_norm.of_stream(hidden)
-        attended = self.attention(normed, context)
+        with_bias = not self.dropout.adds_bias
+        attended = self.attention(normed, context, with_bias=with_bias)
         if self.dropout.is_idle:  # then the sum and its norm are one operation
             hidden, normed = self.mlp_norm.add(hidden, attended)
         else:
-            hidden = self.dropout(attended, hidden)
+            hidden = self.dropout(attended, hidden, None if with_bias else self.attention.output.own_bias)
             normed = self.mlp_norm(hidden)
-        return self.dropout(self.mlp(normed), hidden)
+        added = self.mlp(normed, with_bias=with_bias)
+        return self.dropout(added, hidden, None if with_bias else self.mlp.down.own_bias)

@@ -28,8 +28,15 @@ class MLP(nn.Module):
             inner, hidden, bias=bias, group=group, init="scaled_normal", sequence_parallel=sequence_parallel
         )
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[s, b, h] to [s, b, h]; shards [s/t, b, h] to such with sequence parallelism."""
+    def forward(self, hidden: Tensor, *, with_bias: bool = True) -> Tensor:
+        """[s, b, h] to [s, b, h]; shards [s/t, b, h] to such with sequence parallelism.
+
+        Without the bias, that of the last product is left to the caller.
+        """
         if self.activation_adds_bias:
-            return self.down(self.activation(self.up.product(hidden), self.up.bias))
-        return self.down(self.activation(self.up(hidden)))
+            inner = self.activation(self.up.product(hidden), self.up.bias)
+        else:
+            inner = self.activation(self.up(hidden))
+        product = self.down if with_bias else self.down.product
+        result: Tensor = product(inner)
+        return result

@@ -131,12 +131,19 @@ class RowParallelLinear(nn.Module):
         """Return [s, b, out], or [s/t, b, out] with sequence parallelism, for an input of [s, b, in/t]."""
         if self.group.size == 1:
             return F.linear(input, self.weight, self.bias)
+        output, bias = self.product(input), self.own_bias
+        return output if bias is None else output + bias
+
+    def product(self, input: Tensor) -> Tensor:
+        """Do as `forward`, without the bias, for a caller that adds `own_bias` later."""
         summand = F.linear(input, self.weight)
-        if self.sequence_parallel:
-            output = reduce_scatter_sequence(summand, self.group)
-            return output if self.bias is None else output + sum_gradient(self.bias, self.group)
-        output = reduce_from_group(summand, self.group)
-        return output if self.bias is None else output + self.bias
+        reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from_group
+        return reduce(summand, self.group)
+
+    @property
+    def own_bias(self) -> Tensor | None:
+        """The bias as it must be read: where ranks have shards of the output, its gradient is summed over them."""
+        return sum_gradient(self.bias, self.group) if self.bias is not None and self.sequence_parallel else self.bias
 
 
 def column_parallel_product(

@@ -170,8 +170,9 @@ def test_a_captured_graph_draws_anew_in_each_replay():
     assert not torch.equal(*results)
 
 
-def test_operators_keep_what_they_promise_torch():
-    x, bias = draw((3, 2, 16)).requires_grad_(), draw((16,)).requires_grad_()
-    residual, key = draw((3, 2, 16)).requires_grad_(), torch.tensor([7])
+@pytest.mark.parametrize("device", DEVICES)
+def test_operators_keep_what_they_promise_torch(device):
+    x, bias = draw((3, 2, 16), device=device).requires_grad_(), draw((16,), device=device).requires_grad_()
+    residual, key = draw((3, 2, 16), device=device).requires_grad_(), torch.tensor([7], device=device)
     opcheck(dropout._dropout_add.overload, (x, bias, residual, key, 16, 0.5))
     opcheck(dropout._dropout_add.overload, (x, None, None, key, 0, 0.5))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from megatron.kernels import norm
-from tests.kernels.fused import DEVICES, check_against_fp64, kernels_on
+from tests.kernels.fused import DEVICES, check_against_fp64, gradients, kernels_on
 
 DTYPES = [
     (torch.float32, torch.float32),
@@ -130,3 +130,23 @@ def test_a_dtype_that_kernels_lack_is_left_to_plain_torch_with_a_word(caplog):
     weight = torch.ones(8, dtype=torch.float64)
     assert torch.equal(norm.fused_norm(x, weight, None, 1e-5), norm.norm(x, weight, None, 1e-5))
     assert "float64 is not a type of the kernels" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("centred", [True, False])
+def test_operators_on_a_gpu_keep_what_they_promise_torch(centred):
+    x, delta = draw((3, 2, 16), torch.bfloat16, "cuda", 0), draw((3, 2, 16), torch.bfloat16, "cuda", 1)
+    weight, bias = draw((16,), torch.bfloat16, "cuda", 2), draw((16,), torch.bfloat16, "cuda", 3)
+    given = (weight.requires_grad_(), bias if centred else None, 1e-5, 0.0, centred)
+    opcheck(norm._norm.overload, (x.requires_grad_(), *given))
+    opcheck(norm._add_norm.overload, (x, delta, *given))
+
+
+@pytest.mark.gpu
+def test_a_compiled_norm_gives_what_the_kernel_gives():
+    inputs = [draw((64, 2, 512), torch.bfloat16, "cuda", 1), draw((512,), torch.bfloat16, "cuda", 2, 0.3, 1)]
+    grad = [draw((64, 2, 512), torch.bfloat16, "cuda", 3)]
+    function = functools.partial(norm.fused_norm, bias=None, epsilon=1e-5, centred=False)
+    compiled = torch.compile(function, fullgraph=True)
+    for a, b in zip(gradients(compiled, inputs, grad), gradients(function, inputs, grad), strict=True):
+        assert torch.equal(a, b)

@@ -219,3 +219,22 @@ def test_cross_entropy_operators_keep_what_they_promise_torch():
     rows, labels = draw((3, 12)), torch.tensor([0, 11, 3])
     opcheck(cross_entropy._statistics.overload, (rows, labels, 11))
     opcheck(cross_entropy._gradient.overload, (rows, labels, torch.ones(3), torch.ones(3), 11))
+
+
+# ---- on a GPU, through torch's dispatcher
+
+
+@pytest.mark.gpu
+def test_operators_on_a_gpu_keep_what_they_promise_torch():
+    cos, sin = tables(9, 8, "cuda")
+
+    def leaf(*shape):
+        return draw(shape, torch.bfloat16, "cuda").requires_grad_()
+
+    for name in ACTIVATIONS:
+        opcheck(activation._activation.overload, (leaf(3, 2, 16), leaf(16), name))
+    opcheck(rotary._rotate.overload, (leaf(9, 2, 3, 16), cos, sin, None, True, False))
+    opcheck(rotary._split.overload, (leaf(9, 2, 2 * 5 * 16), cos, sin, None, 2, 16, False))
+    rows, labels, ones = draw((3, 12), device="cuda"), torch.tensor([0, 11, 3], device="cuda"), torch.ones(3).cuda()
+    opcheck(cross_entropy._statistics.overload, (rows, labels, 11))
+    opcheck(cross_entropy._gradient.overload, (rows, labels, ones, ones, 11))

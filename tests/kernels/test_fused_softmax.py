@@ -138,7 +138,8 @@ def test_a_nan_stays_in_its_row(device):
     assert weights[0, 0, 0].isfinite().all()
 
 
-def test_operators_keep_what_they_promise_torch():
-    scores = draw((2, 2, 3, 16)).requires_grad_()
-    opcheck(softmax._softmax.overload, (scores, random_mask(2, 3, 16, "cpu"), 0.5, True))
+@pytest.mark.parametrize("device", DEVICES)
+def test_operators_keep_what_they_promise_torch(device):
+    scores = draw((2, 2, 3, 16), device=device).requires_grad_()
+    opcheck(softmax._softmax.overload, (scores, random_mask(2, 3, 16, device), 0.5, True))
     opcheck(softmax._softmax.overload, (scores, None, 0.5, False))

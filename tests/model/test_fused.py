@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron.kernels.choice import FUSED, PLAIN, Kernels
+from megatron.model.context import Context
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize_parameters
 from megatron.parallel.groups import ParallelGroups
@@ -59,3 +60,28 @@ def test_dropout_leaves_a_model_that_trains(device):
 def test_one_part_may_be_plain_and_another_fused():
     mixed = dataclasses.replace(PLAIN, **FUSED["norm"])
     torch.testing.assert_close(loss_and_gradients(mixed, "cpu")[0], loss_and_gradients(PLAIN, "cpu")[0])
+
+
+@pytest.mark.parametrize("changes", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_a_compiler_keeps_a_block_whole(changes):
+    config = tiny_config(hidden_size=64, **changes)
+    model = GPT(
+        config,
+        vocab_size=VOCAB_SIZE,
+        groups=ParallelGroups.alone(),
+        attention=backend_called("unfused"),
+        kernels=ALL_FUSED,
+    )
+    initialize_parameters(model, seed=1, std=config.init_method_std, num_layers=config.num_layers)
+    block, context = model.stages()[2], Context()
+    hidden = torch.randn(16, 2, 64)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for function in (block, compiled):
+        model.zero_grad()
+        function(hidden, context).square().sum().backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in block.named_parameters()}
+        if function is block:
+            expected = gradients
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-4)

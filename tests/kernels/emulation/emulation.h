@@ -198,4 +198,11 @@ void launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block, s
   }
 }
 
+template <typename Kernel, typename... Arguments>
+void launch_early(const char* what, Kernel kernel, dim3 grid, dim3 block, const Place& place, Arguments... arguments) {
+  launch(what, kernel, grid, block, 0, place, arguments...);
+}
+
+inline void wait_for_former_kernel() {}
+
 }  // namespace megatron

@@ -227,6 +227,7 @@ template <typename T>
 __global__ void sum_chunks(const float* partial, int chunks, int columns, T* grad_bias) {
   __shared__ float shared[kWarp * kWarp];
   const int column = blockIdx.x * kWarp + threadIdx.x;
+  wait_for_former_kernel();
   const float sum = column_sum(partial, chunks, columns, column, shared);
   if (threadIdx.y == 0 && column < columns) grad_bias[column] = from_float<T>(sum);
 }
@@ -302,9 +303,9 @@ void activation_backward(const Activation& call, int kind, int type, const Place
            place, call);
     if (call.grad_bias == 0) return;
     const int columns = call.columns * (is_gated(k()) ? 2 : 1);
-    launch("the activation's backward", sum_chunks<T>, dim3(static_cast<unsigned>(ceil_div(columns, kWarp))),
-           dim3(kWarp, kWarp), 0, place, reinterpret_cast<const float*>(call.partial), call.chunks, columns,
-           reinterpret_cast<T*>(call.grad_bias));
+    launch_early("the activation's backward", sum_chunks<T>, dim3(static_cast<unsigned>(ceil_div(columns, kWarp))),
+                 dim3(kWarp, kWarp), place, reinterpret_cast<const float*>(call.partial), call.chunks, columns,
+                 reinterpret_cast<T*>(call.grad_bias));
   });
 }
 

@@ -159,6 +159,7 @@ template <typename T>
 __global__ void sum_chunks(const float* partial, int chunks, int columns, T* grad_bias) {
   __shared__ float shared[kWarp * kWarp];
   const int column = blockIdx.x * kWarp + threadIdx.x;
+  wait_for_former_kernel();
   const float sum = column_sum(partial, chunks, columns, column, shared);
   if (threadIdx.y == 0 && column < columns) grad_bias[column] = from_float<T>(sum);
 }
@@ -217,9 +218,9 @@ void dropout_backward(const Dropout& call, int x_type, int residual_type, const 
     launch("the dropout's backward", backward<X, typename decltype(r)::type, size()>, grid_of(call, size()),
            dim3(kAcross, kDown), 0, place, call, drop_of(call));
     if (call.grad_bias == 0) return;
-    launch("the dropout's backward", sum_chunks<X>, dim3(static_cast<unsigned>(ceil_div(call.columns, kWarp))),
-           dim3(kWarp, kWarp), 0, place, reinterpret_cast<const float*>(call.partial), call.chunks, call.columns,
-           reinterpret_cast<X*>(call.grad_bias));
+    launch_early("the dropout's backward", sum_chunks<X>, dim3(static_cast<unsigned>(ceil_div(call.columns, kWarp))),
+                 dim3(kWarp, kWarp), place, reinterpret_cast<const float*>(call.partial), call.chunks, call.columns,
+                 reinterpret_cast<X*>(call.grad_bias));
   });
 }
 

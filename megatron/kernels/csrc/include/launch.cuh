@@ -60,6 +60,29 @@ void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   kernel<<<grid, block, shared_bytes, reinterpret_cast<cudaStream_t>(place.stream)>>>(arguments...);
   check(cudaGetLastError(), what);
 }
+
+// As `launch`, of a kernel that first calls `wait_for_former_kernel`: where the GPU can (from Hopper on), it gets ready
+// while the kernel before it on the stream still runs.
+template <typename... Parameters, typename... Arguments>
+void launch_early(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, const Place& place,
+                  Arguments... arguments) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = reinterpret_cast<cudaStream_t>(place.stream);
+  config.attrs = &early;
+  config.numAttrs = attribute(cudaDevAttrComputeCapabilityMajor, place.device) >= 9 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), what);
+}
+
+__device__ __forceinline__ void wait_for_former_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
 #endif
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

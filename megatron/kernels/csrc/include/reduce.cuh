@@ -63,11 +63,17 @@ __device__ __forceinline__ void row_sum(float (&values)[kValues], float* scratch
 // Sums the rows of partial [rows, columns] for one column; blocks of (kWarp, y) threads, whose sums `shared` collects.
 // Returns the sum to the threads with threadIdx.y == 0.
 __device__ __forceinline__ float column_sum(const float* partial, int rows, int columns, int column, float* shared) {
+  constexpr int kAtOnce = 8;  // loads on their way together: there is little else to hide their latency
   float sum = 0.0f;
-  if (column < columns) {
-    for (int row = threadIdx.y; row < rows; row += blockDim.y) {
-      sum += partial[static_cast<long long>(row) * columns + column];
+  for (int start = threadIdx.y; column < columns && start < rows; start += kAtOnce * blockDim.y) {
+    float some[kAtOnce];
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) {
+      const int row = start + n * blockDim.y;
+      some[n] = row < rows ? partial[static_cast<long long>(row) * columns + column] : 0.0f;
     }
+#pragma unroll
+    for (int n = 0; n < kAtOnce; ++n) sum += some[n];
   }
   __syncthreads();
   shared[threadIdx.y * kWarp + threadIdx.x] = sum;

@@ -394,6 +394,7 @@ __global__ void __launch_bounds__(kWarp* kWarp) sum_partials(const float* partia
                                                              W* grad_weight, W* grad_bias) {
   __shared__ float shared[kWarp * kWarp];
   const int column = blockIdx.x * kWarp + threadIdx.x;
+  wait_for_former_kernel();
   partial += static_cast<std::int64_t>(blockIdx.y) * partial_rows * columns;
   const float sum = column_sum(partial, partial_rows, columns, column, shared);
   if (threadIdx.y == 0 && column < columns) (blockIdx.y == 0 ? grad_weight : grad_bias)[column] = from_float<W>(sum);
@@ -472,9 +473,9 @@ void backward_typed(const NormBackward& call, const Place& place) {
     backward_with<X, W, 4>(call, place);
   }
   const dim3 grid(static_cast<unsigned>(ceil_div(call.columns, kWarp)), call.grad_bias == 0 ? 1 : 2);
-  launch("the norm's backward", sum_partials<W>, grid, dim3(kWarp, kWarp), 0, place,
-         static_cast<const float*>(tensors.partial_weight), call.partial_rows, call.columns,
-         pointer<W>(call.grad_weight), pointer<W>(call.grad_bias));
+  launch_early("the norm's backward", sum_partials<W>, grid, dim3(kWarp, kWarp), place,
+               static_cast<const float*>(tensors.partial_weight), call.partial_rows, call.columns,
+               pointer<W>(call.grad_weight), pointer<W>(call.grad_bias));
 }
 
 // Calls `function(Type<X>{}, Type<W>{})`.
