@@ -58,7 +58,7 @@ def divide_weights(
         owner_name, _, own_name = name.rpartition(".")
         owner = model.get_submodule(owner_name)
         empty = owner.get_parameter(own_name)
-        parameter = nn.Parameter(weight.to(_dtype_of(settings)), requires_grad=empty.requires_grad)
+        parameter = nn.Parameter(weight.to(_dtype_of(settings)).contiguous(), requires_grad=empty.requires_grad)
         parameter.__dict__.update(empty.__dict__)  # the marks of its layer
         owner.register_parameter(own_name, parameter)
         divide._convert_to_zero_parameters([parameter])

@@ -29,6 +29,7 @@ def value(loaded: LoadedConfig, field: str) -> Any:
 
 CASES = [
     ({"zero_optimization": {"stage": 3}}, "zero_stage", 3, "2"),
+    ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "remote_device", "cpu", "none"),
     ({"gradient_clipping": 0.5}, "clip_grad", 0.5, "1.0"),
     ({"train_batch_size": 64}, "global_batch_size", 64, "32"),
     ({"train_micro_batch_size_per_gpu": 8}, "micro_batch_size", 8, "4"),
@@ -164,6 +165,7 @@ class TestGradientAccumulation:
         ({"zero_optimization": {"stage": "two"}}, "zero_optimization.stage"),
         ({"zero_optimization": {"stage": True}}, "zero_optimization.stage"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device"),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "offload_param.device"),
         ({"gradient_clipping": "1"}, "gradient_clipping"),
         ({"train_batch_size": 6.5}, "train_batch_size"),
         ({"bf16": {"enabled": "yes"}}, "bf16.enabled"),

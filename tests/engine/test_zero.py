@@ -68,7 +68,8 @@ def divide_a_model(num_layers):
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(num_layers)))
     settings = build_settings(toy.run_config(stage=3), data_parallel_size=dist.get_world_size(), device_type="cpu")
-    weights = ((f"{layer}.weight", torch.full((WIDTH, WIDTH), float(layer))) for layer in range(num_layers))
+    # Transposed: as strided as a tensor rank's columns are, which NCCL does not take.
+    weights = ((f"{layer}.weight", torch.full((WIDTH, WIDTH), float(layer)).t()) for layer in range(num_layers))
     reset_peak()
     before, linear = resident_memory("VmRSS"), F.linear
     divide_weights(model, weights, settings, toy.make_groups())

@@ -97,8 +97,8 @@ def compare_quantized(folder, extensions) -> list[tuple[str, str, list[float], l
         zero = {"stage3_param_persistence_threshold": 10, "zero_hpz_partition_size": secondary}
         file = folder / f"{secondary}_{quantized}.json"
         file.write_text(json.dumps({"zero_optimization": {**zero, "zero_quantized_weights": quantized}}))
-        options = f"--precision {precision} --zero-stage 3 --micro-batch-size 2 --initial-loss-scale 256 --lr 0.1"
-        runs.append([*MODELS["llama"], *shlex.split(f"{options} --deepspeed_config {file}")])
+        options = f"--precision {precision} --zero-stage 3 --micro-batch-size 2 --initial-loss-scale 256"
+        runs.append([*MODELS["llama"], *shlex.split(f"{options} --lr 0.1 --min-lr 0.1 --deepspeed_config {file}")])
     records = on_gpus(2, runs, None, str(extensions))
     answer = []
     for (precision, secondary), found, whole in zip(cases, records[::2], records[1::2], strict=True):

@@ -83,7 +83,7 @@ def test_half_precision_in_a_layout_is_as_exact_as_on_one_rank(alone, bounds):
         flags_of(MODEL_OF[layout], precision, f"{layout} --zero-stage {stage} {sums}")
         for layout, stage, precision, sums in CASES
     ]
-    for records in run_on_ranks(4, record_all, runs, POISONED_STEP, initialize=False, deepspeed=True):
+    for records in run_on_ranks(4, record_all, runs, POISONED_STEP, initialize=False, deepspeed=True, timeout=300):
         for case, found in zip(CASES, records, strict=True):
             layout, _, precision, sums = case
             exact, single = (alone[MODEL_OF[layout], *of] for of in (("fp32", "--zero-stage 0"), (precision, sums)))

@@ -94,7 +94,7 @@ def errors(found: Record, expected: Record) -> dict[str, float]:
 @pytest.mark.parametrize(("ranks", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["2 ranks", "4 ranks"])
 def test_every_layout_trains_the_model_that_one_rank_trains(alone, ranks, cases):
     runs = [flags_of(*case) for case in cases]
-    for records in run_on_ranks(ranks, record_all, runs, initialize=False, deepspeed=True):
+    for records in run_on_ranks(ranks, record_all, runs, initialize=False, deepspeed=True, timeout=300):
         for (layout, model), found in zip(cases, records, strict=True):
             expected = alone[model]
             assert min(expected.grad_norms) > 1.0, "clipping is to be at work"

@@ -67,41 +67,57 @@ def measure_on_gpus(number, runs):
     return run_on_ranks(number, measure, [shlex.split(run) for run in runs], **options)[0]
 
 
-TABLE = "--num-layers 2 --max-position-embeddings"
-LARGE, SMALL = 131072, 4096
-RUNS = [
-    *(f"{layout} --num-layers {number}" for layout in (TENSOR, SHARDED) for number in (2, 4)),
-    *(f"{SHARDED} {TABLE} {rows}" for rows in (SMALL, LARGE)),
-    *(f"--num-layers 4 --zero-stage 3 --remote-device {device}" for device in ("none", "cpu")),
-]
-"""On two GPUs."""
+def at_rest(number, run):
+    """Bytes on a GPU between steps; in processes of their own, since DeepSpeed's engines leave things behind."""
+    (found,) = measure_on_gpus(number, [run])
+    return found["at rest"]
 
 
-def memory_of_layouts(alone, found) -> dict[str, tuple[float, float]]:
-    """Bytes as predicted, and as measured, by what they are.
+def block_activations() -> dict[str, tuple[float, float]]:
+    """What a block keeps for backward: bytes as predicted, and as measured, half of what two more blocks keep.
 
-    In bf16 a block keeps the inputs of its two norms and their outputs (8 bytes for each of s b h), whole on each
-    tensor rank unless the sequence is divided; and query, key, value, the heads' output and the MLP's channels before
-    and after the activation (24 bytes), of which each tensor rank has its part. It is measured as half of what two more
-    blocks keep. Under ZeRO-1 in bf16 a parameter has 18 bytes: itself, its gradient in fp32, its fp32 copy and Adam's
-    two. Of ZeRO-3's weights each of two ranks has half.
+    In bf16 it keeps the inputs of its two norms and their outputs (8 bytes for each of s b h), whole on each tensor
+    rank unless the sequence is divided; and query, key, value, the heads' output and the MLP's channels before and
+    after the activation (24 bytes), of which each tensor rank has its part.
     """
-    tensor_2, tensor_4, sharded_2, sharded_4, small, large, here, away = found
-    activation, rows = SEQUENCE * HIDDEN, (LARGE - SMALL) * HIDDEN
-    weights = 4 * 12 * HIDDEN**2 + (SEQUENCE + 1024) * HIDDEN
+    runs = [f"{layout} --num-layers {number}" for layout in (TENSOR, SHARDED) for number in (2, 4)]
+    tensor_2, tensor_4, sharded_2, sharded_4 = measure_on_gpus(2, runs)
+    assert sharded_4["peak"] < tensor_4["peak"]
+    activation = SEQUENCE * HIDDEN
     return {
         "a block's activations, tensor": (activation * (8 + 24 / 2), (tensor_4["kept"] - tensor_2["kept"]) / 2),
         "a block's activations, sequence": (activation * 32 / 2, (sharded_4["kept"] - sharded_2["kept"]) / 2),
-        "more positions, 1 GPU": (18 * rows, alone[1]["at rest"] - alone[0]["at rest"]),
-        "more positions, 2 tensor ranks": (18 * rows / 2, large["at rest"] - small["at rest"]),
-        "ZeRO-3's weights sent to the host": (2 * weights / 2, here["at rest"] - away["at rest"]),
     }
 
 
-def test_memory_is_what_theory_says():
-    alone = measure_on_gpus(1, [f"{TABLE} {rows}" for rows in (SMALL, LARGE)])
-    found = measure_on_gpus(2, RUNS)
-    assert [run["weights"] for run in found[-2:]] == [{"cuda"}, {"cpu"}]
-    for name, (predicted, measured) in memory_of_layouts(alone, found).items():
+def position_tables() -> dict[str, tuple[float, float]]:
+    """What a table of 131072 learned positions has beyond one of 4096: bytes as predicted, and as measured at rest.
+
+    Under ZeRO-1 in bf16 a parameter has 18 bytes: itself, its gradient in fp32, its fp32 copy and Adam's two.
+    """
+    small, large = (f"--num-layers 2 --max-position-embeddings {rows}" for rows in (4096, 131072))
+    more = 18 * (131072 - 4096) * HIDDEN
+    return {
+        "more positions, 1 GPU": (more, at_rest(1, large) - at_rest(1, small)),
+        "more positions, 2 tensor ranks": (
+            more / 2,
+            at_rest(2, f"{SHARDED} {large}") - at_rest(2, f"{SHARDED} {small}"),
+        ),
+    }
+
+
+def offloaded_weights() -> dict[str, tuple[float, float]]:
+    """What leaves the GPU with ZeRO-3's weights, of which two ranks have half each: bytes as predicted and measured."""
+    (here,), (away,) = (
+        measure_on_gpus(2, [f"--num-layers 4 --zero-stage 3 --remote-device {device}"]) for device in ("none", "cpu")
+    )
+    assert here["weights"] == {"cuda"}
+    assert away["weights"] == {"cpu"}
+    weights = 4 * 12 * HIDDEN**2 + (SEQUENCE + 1024) * HIDDEN
+    return {"ZeRO-3's weights sent to the host": (2 * weights / 2, here["at rest"] - away["at rest"])}
+
+
+@pytest.mark.parametrize("measured_bytes", [block_activations, position_tables, offloaded_weights])
+def test_memory_is_what_theory_says(measured_bytes):
+    for name, (predicted, measured) in measured_bytes().items():
         assert measured == pytest.approx(predicted, rel=0.1), name
-    assert found[3]["peak"] < found[1]["peak"], "a divided sequence is to need less"

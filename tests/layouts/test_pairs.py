@@ -65,7 +65,7 @@ def test_the_sets_have_every_legal_pair_in_them():
 
 def test_every_legal_pair_trains_as_one_rank_does(alone):
     runs = [flags_of(features) for features in SETS]
-    for records in run_on_ranks(RANKS, record_all, runs, initialize=False, deepspeed=True):
+    for records in run_on_ranks(RANKS, record_all, runs, initialize=False, deepspeed=True, timeout=300):
         for features, found in zip(SETS, records, strict=True):
             expected = alone["document masks" in features]
             bound = 1e-5 if completed(features)["precision"] == "fp32" else 1e-2
