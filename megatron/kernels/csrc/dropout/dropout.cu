@@ -18,7 +18,8 @@ constexpr int kBlocksEach = 4;
 constexpr int kSteps = 1 << 16;  // values of an element's 16 bits
 constexpr int kDraws = 8;        // elements of one counter
 
-// An element is dropped when its bits are below `threshold`; the others grow by exactly what is lost on average.
+// An element is dropped when its bits, as the upper half of a word, are below `threshold`; the others grow by exactly
+// what is lost on average.
 struct Drop {
   std::uint32_t threshold;
   float growth;
@@ -26,12 +27,13 @@ struct Drop {
 
 Drop drop_of(float probability) {
   const int threshold = std::clamp(static_cast<int>(std::lround(probability * kSteps)), 0, kSteps - 1);
-  return {static_cast<std::uint32_t>(threshold), static_cast<float>(kSteps) / static_cast<float>(kSteps - threshold)};
+  return {static_cast<std::uint32_t>(threshold) << 16, static_cast<float>(kSteps) / static_cast<float>(kSteps - threshold)};
 }
 
-// Factors of kSize elements from `first`, which kSize divides.
+// Which of kSize elements from `first`, which kSize divides, are kept.
 template <int kSize>
-__device__ __forceinline__ void draw(std::uint64_t key, std::uint64_t first, Drop drop, float (&factors)[kSize]) {
+__device__ __forceinline__ void draw(std::uint64_t key, std::uint64_t first, std::uint32_t threshold,
+                                     bool (&is_kept)[kSize]) {
   const FourWords words = philox(key, first / kDraws);
   const int offset = static_cast<int>(first % kDraws);
 #pragma unroll
@@ -43,8 +45,8 @@ __device__ __forceinline__ void draw(std::uint64_t key, std::uint64_t first, Dro
       const int at = (offset + i) / 2;
       word = at == 0 ? words.word[0] : at == 1 ? words.word[1] : at == 2 ? words.word[2] : words.word[3];
     }
-    const std::uint32_t bits = (offset + i) % 2 == 0 ? word & 0xffffu : word >> 16;
-    factors[i] = bits < drop.threshold ? 0.0f : drop.growth;
+    // The element's 16 bits are brought to the upper half of a word, where the threshold is.
+    is_kept[i] = ((offset + i) % 2 == 0 ? word << 16 : word) >= threshold;
   }
 }
 
@@ -83,14 +85,14 @@ __global__ void __launch_bounds__(kWarp* kWarps, kBlocksEach) forward(Dropout ca
     for (int n = 0; n < kAtOnce; ++n) {
       const std::int64_t row = start + n * kWarps, at = row * call.columns + column;
       if (row < rows.end) {
-        float value[kSize], sum[kSize], factors[kSize];
+        float value[kSize], sum[kSize];
+        bool is_kept[kSize];
         parts[n].unpack(value);
         kept[n].unpack(sum);
-        draw(key, static_cast<std::uint64_t>(at), drop, factors);
+        draw(key, static_cast<std::uint64_t>(at), drop.threshold, is_kept);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          // A dropped infinity is zero, not NaN.
-          if (factors[i] != 0.0f) sum[i] += factors[i] * (value[i] + bias[i]);
+          if (is_kept[i]) sum[i] = fmaf(drop.growth, value[i] + bias[i], sum[i]);
         }
         Packed<R, kSize>::pack(sum).store(out + at);
       }
@@ -100,7 +102,7 @@ __global__ void __launch_bounds__(kWarp* kWarps, kBlocksEach) forward(Dropout ca
 
 template <typename X, typename R, int kSize>
 __global__ void __launch_bounds__(kWarp* kWarps, kBlocksEach) backward(Dropout call, Drop drop) {
-  constexpr int kAtOnce = 2;
+  constexpr int kAtOnce = 4;
   __shared__ float shared[kWarps][kWarp * kSize];
   const R* __restrict__ grad_out = reinterpret_cast<const R*>(call.grad_out);
   X* __restrict__ grad_x = reinterpret_cast<X*>(call.grad_x);
@@ -120,12 +122,13 @@ __global__ void __launch_bounds__(kWarp* kWarps, kBlocksEach) backward(Dropout c
     for (int n = 0; n < kAtOnce; ++n) {
       const std::int64_t row = start + n * kWarps, at = row * call.columns + column;
       if (row < rows.end) {
-        float grad[kSize], factors[kSize];
+        float grad[kSize];
+        bool is_kept[kSize];
         grads[n].unpack(grad);
-        draw(key, static_cast<std::uint64_t>(at), drop, factors);
+        draw(key, static_cast<std::uint64_t>(at), drop.threshold, is_kept);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          grad[i] = factors[i] == 0.0f ? 0.0f : factors[i] * grad[i];
+          grad[i] = is_kept[i] ? drop.growth * grad[i] : 0.0f;
           sums[i] += grad[i];
         }
         Packed<X, kSize>::pack(grad).store(grad_x + at);
