@@ -13,7 +13,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 50
-LONGEST_KERNEL = 140  # of Triton: pointers and strides come one by one, and a loop's state stays in one function
 READS_ENVIRONMENT = {
     "megatron/engine/launch.py",
     "megatron/kernels/cache.py",  # where compiled kernels are, which tools know without a launcher
@@ -55,17 +54,12 @@ def test_no_file_is_longer_than_400_lines():
     assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
 
 
-def longest(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    is_kernel = any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
-    return LONGEST_KERNEL if is_kernel else LONGEST_FUNCTION
-
-
-def test_no_function_is_longer_than_50_lines_and_no_triton_kernel_longer_than_140():
+def test_no_function_is_longer_than_50_lines():
     too_long = {
         f"{name}:{node.lineno} {node.name}": lines_of_code(node)
         for name in files_in_the_repository("*.py")
         for node in nodes_of(name)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and lines_of_code(node) > longest(node)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and lines_of_code(node) > LONGEST_FUNCTION
     }
     assert too_long == {}
 

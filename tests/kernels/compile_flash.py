@@ -1,9 +1,9 @@
-"""Compile the attention kernels with the tiles of the table: `python -m tests.kernels.compile_flash 90 128 '[{}]'`.
+"""Compile the attention kernels as a call on a GPU would: `python -m tests.kernels.compile_flash 90 128 '{}'`.
 
-Prints a line of JSON a kernel: its variant's index, shared memory, bytes of the stack and whether it uses wgmma.
+The last argument are options. Prints a line of JSON a kernel: its shared memory, the bytes of its stack and whether it
+uses wgmma.
 """
 
-import itertools
 import json
 import re
 import subprocess
@@ -11,74 +11,77 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import make_launcher
 from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
-from megatron.kernels.attention.flash.backward import key_value_kernel, query_kernel
-from megatron.kernels.attention.flash.forward import forward_kernel
-from megatron.kernels.attention.flash.tuning import find_tile
+from megatron.kernels.attention.documents import document_bounds
+from megatron.kernels.attention.flash import launch
 
-KERNELS = {"forward": forward_kernel, "query": query_kernel, "key_value": key_value_kernel}
-SOURCES = {"query": "M", "grad_output": "M", "key": "N", "value": "N"}
-POINTERS = {
-    **dict.fromkeys(
-        ("query", "key", "value", "grad_output", "output", "grad_query", "grad_key", "grad_value"), "*bf16"
-    ),
-    **dict.fromkeys(("log_sums", "deltas"), "*fp32"),
-    "bounds": "*i32",
-    "seeds": "*i64",
-}
-SWITCHES = ("WINDOW", "DOCUMENTS", "CAPPED", "DROPOUT", "RAGGED")
 INSPECT = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def compile_kernel(name, capability, size, switches):
-    tile, kernel = find_tile(name, size, capability // 10), KERNELS[name]
-    constants = {"GROUP": 1, "M": tile.queries, "N": tile.keys, "SIZE": size, "PADDED": size, "TMA": tile.tma}
-    constants |= dict.fromkeys(SWITCHES, False) | {"CAUSAL": True} | switches
-    if not constants["DOCUMENTS"]:
-        constants["bounds"] = None
-    if not constants["DROPOUT"]:
-        constants["seeds"] = None
-    signature, attributes = {}, {}
-    for place, argument in enumerate(kernel.arg_names):
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument in SOURCES and tile.tma:
-            signature[argument] = f"tensordesc<bf16[1,1,{constants[SOURCES[argument]]},{size}]>"
-        elif argument in ("scale", "cap"):
-            signature[argument] = "fp32"
-        else:
-            signature[argument] = POINTERS.get(argument, "i32")
-            if argument not in ("bundle", "window", "threshold", "batch_size"):
-                attributes[(place,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if tile.registers:
-        options["maxnreg"] = tile.registers
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+class AbsentGPU:
+    """What the compiler asks of a driver."""
+
+    def __init__(self, capability):
+        self.capability = capability
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def report(kernel):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [INSPECT, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     return {
-        "kernel": name,
-        "shared": compiled.metadata.shared,
-        "stack": stack_bytes(compiled.asm["cubin"]),
-        "wgmma": "wgmma.mma_async" in compiled.asm["ptx"],
+        "kernel": kernel.metadata.name,
+        "shared": kernel.metadata.shared,
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "wgmma": "wgmma.mma_async" in kernel.asm["ptx"],
     }
 
 
-def stack_bytes(binary):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        report = subprocess.run(
-            [INSPECT, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return int(re.search(r"STACK:(\d+)", report)[1])
+def compile_kernels(capability, size, documents=False, length=256, heads=(2, 2), **options):
+    """Launch forward and backward on the host's memory, but for the launch."""
+    driver.set_active(AbsentGPU(capability))
+    launch._tile = lambda kernel, query: launch.find_tile(kernel, launch.padded_size(query.shape[-1]), capability // 10)
+    run, compiled = JITFunction.run, []
+
+    def compile_alone(self, *args, warmup, **kwargs):
+        kernel = run(self, *args, warmup=True, **kwargs)
+        source = kernel.src
+        assert isinstance(source, ASTSource)
+        constants = {(source.fn.arg_names.index(key),) if isinstance(key, str) else key for key in source.constants}
+        make_launcher(dict.fromkeys(constants), dict(source.signature), kernel.metadata.tensordesc_meta)
+        compiled.append(kernel)
+
+    JITFunction.run = compile_alone
+    query, key, value = (torch.empty(length, 2, count, size, dtype=torch.bfloat16) for count in (*heads, heads[1]))
+    bounds = document_bounds(torch.zeros(2, length, dtype=torch.int32)) if documents else None
+    defaults = {"scale": 0.1, "causal": True, "window": 0, "softcap": 0.0, "dropout": 0.0}
+    settings = launch.Options(**{**defaults, **options})
+    seeds = torch.zeros(1, dtype=torch.int64) if settings.dropout else None
+    output, log_sums = launch.launch_forward(query, key, value, bounds, seeds, settings)
+    launch.launch_backward(output, query, key, value, output, log_sums, bounds, seeds, settings)
+    return [report(kernel) for kernel in compiled]
 
 
 if __name__ == "__main__":
-    for (index, variant), kernel_name in itertools.product(enumerate(json.loads(sys.argv[3])), KERNELS):
-        print(
-            json.dumps({"variant": index, **compile_kernel(kernel_name, int(sys.argv[1]), int(sys.argv[2]), variant)}),
-            flush=True,
-        )
+    for answer in compile_kernels(int(sys.argv[1]), int(sys.argv[2]), **json.loads(sys.argv[3])):
+        print(json.dumps(answer), flush=True)

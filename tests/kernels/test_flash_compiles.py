@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 
 
-def compile_kernels(capability, size, variant):
+def compile_kernels(capability, size, options):
     """In a process of its own, where kernels are no longer the interpreter's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     answer = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_flash", str(capability), str(size), json.dumps([variant])],
+        [sys.executable, "-m", "tests.kernels.compile_flash", str(capability), str(size), json.dumps(options)],
         cwd=ROOT,
         env={**environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -30,13 +30,20 @@ def compile_kernels(capability, size, variant):
 
 
 @pytest.mark.parametrize(
-    ("capability", "size", "variant"),
-    [(80, 64, {}), (80, 128, {}), (90, 64, {}), (90, 128, {}), (90, 128, {"DOCUMENTS": True, "RAGGED": True})],
+    ("capability", "size", "options"),
+    [
+        (80, 64, {}),
+        (80, 128, {}),
+        (90, 64, {}),
+        (90, 128, {}),
+        (90, 80, {"length": 250}),
+        (90, 128, {"documents": True, "heads": [4, 2]}),
+    ],
 )
-def test_kernels_compile(capability, size, variant):
-    reports = compile_kernels(capability, size, variant)
+def test_kernels_compile(capability, size, options):
+    reports = compile_kernels(capability, size, options)
     assert len(reports) == 3
     for report in reports:
         assert report["shared"] <= SHARED_BYTES[capability], report
         assert report["wgmma"] == (capability == 90), report
-        assert report["stack"] <= (256 if variant else 128), report
+        assert report["stack"] <= (256 if options else 128), report

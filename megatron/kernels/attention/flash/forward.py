@@ -1,6 +1,6 @@
 """Forward: one program a tile of queries, over the keys that it sees (Dao 2023, arXiv:2307.08691, algorithm 1).
 
-Legend: M queries and N keys of a tile, D channels, padded to a power of two.
+For the legend see `tiles`.
 """
 
 from __future__ import annotations
@@ -9,137 +9,71 @@ import triton
 import triton.language as tl
 
 from megatron.kernels.attention.flash.tiles import (
+    FIRST,
     HIDDEN,
-    VARYING,
-    capped,
+    INNER,
     kept,
     keys_of,
     load_rows,
+    logits_of,
+    parts_of_keys,
     place_of,
     store_rows,
+    undropped,
 )
 
 
-@triton.jit(do_not_specialize=VARYING)
-def forward_kernel(
-    query,
-    key,
-    value,
-    output,
-    log_sums,
-    bounds,
-    seeds,
-    query_b,
-    query_n,
-    query_s,
-    key_b,
-    key_n,
-    key_s,
-    value_b,
-    value_n,
-    value_s,
-    output_b,
-    output_n,
-    output_s,
-    batch_size,
-    heads,
-    query_length,
-    key_length,
-    bundle,
-    scale,
-    cap,
-    window,
-    threshold,
-    GROUP: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    RAGGED: tl.constexpr,
-    TMA: tl.constexpr,
-):
+@triton.jit(do_not_specialize=["numbers"])
+def forward_kernel(query, key, value, output, log_sums, bounds, seeds, strides, sizes, numbers, variant: tl.constexpr):
     """Write output [s, b, n, d] and, for backward, the base-2 logarithm of each softmax's denominator, [b, n, s].
 
     Args:
         query: pointer, or a tensor descriptor [b, n, s, d]; key and value likewise.
         bounds: see `keys_of`.
-        seeds: pointer to the seed of dropout.
-        bundle: see `place_of`.
-        scale: of the logits, times log2(e) where they are not capped.
-        threshold: see `kept`.
-        GROUP: query heads that share a key head.
-        RAGGED: whether the last tile of keys is not full.
+        seeds: see `kept`.
+        strides: of query, key, value and output, each of b, n and s.
+        variant: its `ragged` tells whether the last tile of keys is not full.
     """
-    block, place = place_of(tl.program_id(0), tl.cdiv(query_length, M), batch_size * heads, bundle, CAUSAL)
-    batch, head = place // heads, place % heads
-    row = block * M
-    seed = tl.load(seeds) if DROPOUT else 0
-    q = load_rows(query, batch, head, row, query_length, query_b, query_n, query_s, M, SIZE, PADDED, TMA, CHECKED=True)
+    heads, query_length, key_length = sizes
+    M: tl.constexpr = variant.queries
+    N: tl.constexpr = variant.keys
+    D: tl.constexpr = variant.padded
+    block, place = place_of(tl.cdiv(query_length, M), numbers[0] * heads, numbers[1], variant.causal)
+    batch, head, row = place // heads, place % heads, block * M
+    group = head // variant.group
+    q = load_rows(query, strides[0], batch, head, row, query_length, M, True, variant)
     rows = row + tl.arange(0, M)
-    firsts, ends = keys_of(rows, batch, bounds, query_length, key_length, window, CAUSAL, WINDOW, DOCUMENTS)
-    low, all_end = keys_of(row, batch, bounds, query_length, key_length, window, CAUSAL, WINDOW, DOCUMENTS)
-    all_low, high = keys_of(row + M - 1, batch, bounds, query_length, key_length, window, CAUSAL, WINDOW, DOCUMENTS)
-    # Tiles of keys from `inner` to `outer` are seen whole by every query; those around them are seen in part.
-    low = low // N * N
-    inner = tl.minimum(tl.cdiv(all_low, N), tl.cdiv(high, N)) * N
-    outer = tl.maximum(all_end // N * N, inner)
-
-    total = tl.zeros([M, PADDED], dtype=tl.float32)
+    firsts, ends = keys_of(rows, batch, bounds, sizes, numbers, variant)
+    low, inner, outer, high = parts_of_keys(row, batch, bounds, sizes, numbers, variant)
+    total = tl.zeros([M, D], dtype=tl.float32)
     top = tl.full([M], HIDDEN, dtype=tl.float32)
     denominator = tl.zeros([M], dtype=tl.float32)
     for part in tl.static_range(3):
-        if part == 1 or (WINDOW or DOCUMENTS if part == 0 else CAUSAL or DOCUMENTS or RAGGED):
-            start = low if part == 0 else (inner if part == 1 else outer)
-            stop = inner if part == 0 else (outer if part == 1 else high)
+        if part == INNER or (variant.looks_back if part == FIRST else variant.ends_early):
+            start = low if part == FIRST else (inner if part == INNER else outer)
+            stop = inner if part == FIRST else (outer if part == INNER else high)
             for column in tl.range(start, stop, N):
                 column = tl.multiple_of(column, N)
-                k = load_rows(
-                    key, batch, head // GROUP, column, key_length, key_b, key_n, key_s, N, SIZE, PADDED, TMA, part != 1
-                )
-                logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-                factor = scale
-                if CAPPED:
-                    logits = capped(logits, scale, cap)
-                    factor = cap * 1.4426950408889634
-                if part != 1:
+                k = load_rows(key, strides[1], batch, group, column, key_length, N, part != INNER, variant)
+                logits, factor = logits_of(q, k, numbers, variant)
+                if part != INNER:
                     columns = column + tl.arange(0, N)[None, :]
                     seen = (columns >= firsts[:, None]) & (columns < ends[:, None])
                     logits = tl.where(seen, logits, HIDDEN)
                 new_top = tl.maximum(top, tl.max(logits, axis=1) * factor)
                 weights = tl.exp2(logits * factor - new_top[:, None])
-                if part != 1:
+                if part != INNER:
                     weights = tl.where(seen, weights, 0.0)
                 fade = tl.exp2(top - new_top)
                 denominator = denominator * fade + tl.sum(weights, axis=1)
-                total = total * fade[:, None]
-                if DROPOUT:
-                    weights = tl.where(kept(seed, place, row, column, threshold, M, N, False), weights, 0.0)
-                v = load_rows(
-                    value,
-                    batch,
-                    head // GROUP,
-                    column,
-                    key_length,
-                    value_b,
-                    value_n,
-                    value_s,
-                    N,
-                    SIZE,
-                    PADDED,
-                    TMA,
-                    part != 1,
-                )
+                total, top = total * fade[:, None], new_top
+                if variant.dropout:
+                    weights = tl.where(kept(seeds, place, row, column, numbers, variant, False), weights, 0.0)
+                v = load_rows(value, strides[2], batch, group, column, key_length, N, part != INNER, variant)
                 total = tl.dot(weights.to(v.dtype), v, total, input_precision="ieee")
-                top = new_top
-
     total = total / denominator[:, None]
-    if DROPOUT:
-        total = total * (65536.0 / (65536 - threshold))
-    store_rows(output, total, batch, head, row, query_length, output_b, output_n, output_s, M, SIZE, PADDED)
-    log_sum = top + tl.log2(denominator)
-    tl.store(log_sums + place.to(tl.int64) * query_length + rows, log_sum, mask=rows < query_length)
+    if variant.dropout:
+        total = total * undropped(numbers)
+    store_rows(output, strides[3], total, batch, head, row, query_length, M, variant)
+    line = place.to(tl.int64) * query_length
+    tl.store(log_sums + line + rows, top + tl.log2(denominator), mask=rows < query_length)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -41,23 +41,78 @@ class Options:
     softcap: float
     dropout: float
 
-    def numbers(self) -> dict[str, float | int]:
-        """Give the kernels' arguments of these."""
-        return {
-            "scale": self.scale if self.softcap else self.scale * math.log2(math.e),
-            "cap": self.softcap,
-            "window": self.window,
-            "threshold": round(self.dropout * 65536),
-        }
+    def numbers(self) -> tuple[float, float, int, int]:
+        """Give the kernels' numbers of these: scale, cap, window and the threshold of dropout."""
+        scale = self.scale if self.softcap else self.scale * math.log2(math.e)
+        return scale, self.softcap, self.window, round(self.dropout * 65536)
 
-    def switches(self) -> dict[str, bool]:
-        """Give the kernels' constants of these."""
-        return {
-            "CAUSAL": self.causal,
-            "WINDOW": self.window > 0,
-            "CAPPED": self.softcap > 0,
-            "DROPOUT": self.dropout > 0,
-        }
+
+class Variant(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes:
+        queries: rows of a tile of queries.
+        keys: rows of a tile of keys.
+        group: query heads that share a key head.
+        size: channels of a head.
+        padded: the same as a power of two.
+        causal: see `Options`.
+        window: whether there is one.
+        documents: whether there are bounds of documents.
+        capped: whether logits are.
+        dropout: whether weights are dropped.
+        looks_back: whether the first tiles of a row may be seen in part.
+        ends_early: whether the last ones may.
+        tma: whether the copy engine loads tiles.
+    """
+
+    queries: int
+    keys: int
+    group: int
+    size: int
+    padded: int
+    causal: bool
+    window: bool
+    documents: bool
+    capped: bool
+    dropout: bool
+    looks_back: bool
+    ends_early: bool
+    tma: bool
+
+
+def make_variant(
+    tile: Tile, group: int, size: int, options: Options, *, ragged: bool, by_key: bool, documents: bool
+) -> Variant:
+    """Choose the constants of a kernel.
+
+    Args:
+        tile: how it cuts its work.
+        group: query heads that share a key head.
+        size: channels of a head.
+        options: what is computed.
+        ragged: whether the last tile of a row is not full.
+        by_key: whether rows of tiles belong to keys, of which the first queries see a part where there is causality.
+        documents: whether there are bounds.
+    """
+    sees_part_of_first, sees_part_of_last = options.window > 0, options.causal
+    if by_key:
+        sees_part_of_first, sees_part_of_last = sees_part_of_last, sees_part_of_first
+    return Variant(
+        queries=tile.queries,
+        keys=tile.keys,
+        group=group,
+        size=size,
+        padded=padded_size(size),
+        causal=options.causal,
+        window=options.window > 0,
+        documents=documents,
+        capped=options.softcap > 0,
+        dropout=options.dropout > 0,
+        looks_back=sees_part_of_first or documents,
+        ends_early=sees_part_of_last or documents or ragged,
+        tma=tile.tma,
+    )
 
 
 def launch_forward(
@@ -80,11 +135,11 @@ def launch_forward(
         log_sums,
         bounds,
         seeds,
-        *(stride for tensor in (query, key, value, output) for stride in _strides(tensor)),
-        bundle=_heads_together(key) * (heads // key.shape[2]),
-        heads=heads,
-        **_shapes(query, key, key.shape[0] % tile.keys != 0, bounds),
-        **_constants(options, tile),
+        _strides(query, key, value, output),
+        (heads, length, key.shape[0]),
+        (batch, _heads_together(key) * (heads // key.shape[2]), *options.numbers()),
+        _variant(tile, query, key, options, bounds, by_key=False),
+        **_resources(tile),
     )
     return output, log_sums
 
@@ -131,15 +186,14 @@ def launch_query(
         *_sources(tile, (query, tile.queries), (key, tile.keys), (value, tile.keys), (grad, tile.queries)),
         output,
         log_sums,
-        deltas,
-        grad_query,
+        (grad_query, deltas),
         bounds,
         seeds,
-        *(stride for tensor in (query, key, value, grad, output) for stride in _strides(tensor)),
-        bundle=_heads_together(key) * (heads // key.shape[2]),
-        heads=heads,
-        **_shapes(query, key, key.shape[0] % tile.keys != 0, bounds),
-        **_constants(options, tile),
+        _strides(query, key, value, grad, output),
+        (heads, length, key.shape[0]),
+        (batch, _heads_together(key) * (heads // key.shape[2]), *options.numbers()),
+        _variant(tile, query, key, options, bounds, by_key=False),
+        **_resources(tile),
     )
     return grad_query, deltas
 
@@ -164,27 +218,26 @@ def launch_key_value(
         *_sources(tile, (query, tile.queries), (key, tile.keys), (value, tile.keys), (grad, tile.queries)),
         log_sums,
         deltas,
-        grad_key,
-        grad_value,
+        (grad_key, grad_value),
         bounds,
         seeds,
-        *(stride for tensor in (query, key, value, grad, grad_key) for stride in _strides(tensor)),
-        bundle=_heads_together(query),
-        groups=groups,
-        **_shapes(query, key, query.shape[0] % tile.queries != 0, bounds),
-        **_constants(options, tile),
+        _strides(query, key, value, grad, grad_key),
+        (groups, query.shape[0], key_length),
+        (batch, _heads_together(query), *options.numbers()),
+        _variant(tile, query, key, options, bounds, by_key=True),
+        **_resources(tile),
     )
     return grad_key, grad_value
 
 
 def _tile(kernel: Kernel, query: Tensor) -> Tile:
     capability = torch.cuda.get_device_capability(query.device)[0] if query.device.type == "cuda" else 0
-    return find_tile(kernel, _padded(query.shape[-1]), capability)
+    return find_tile(kernel, padded_size(query.shape[-1]), capability)
 
 
-def _strides(tensor: Tensor) -> tuple[int, int, int]:
-    stride_s, stride_b, stride_n, _ = tensor.stride()
-    return stride_b, stride_n, stride_s
+def _strides(*tensors: Tensor) -> tuple[tuple[int, int, int], ...]:
+    """Give those of b, n and s of each tensor [s, b, n, d]."""
+    return tuple((tensor.stride(1), tensor.stride(2), tensor.stride(0)) for tensor in tensors)
 
 
 def _heads_together(tensor: Tensor) -> int:
@@ -218,35 +271,29 @@ def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
     size = view.shape[-1]
     # The stride of a dimension of length 1 means nothing and may be anything, which the copy engine does not like.
     strides = [stride if length > 1 else size for length, stride in zip(view.shape[:3], view.stride()[:3], strict=True)]
-    return TensorDescriptor(view, list(view.shape), [*strides, 1], [1, 1, rows, _padded(size)])
+    return TensorDescriptor(view, list(view.shape), [*strides, 1], [1, 1, rows, padded_size(size)])
 
 
-def _padded(size: int) -> int:
+def padded_size(size: int) -> int:
+    """Return the channels of a tile for heads of `size`."""
     return max(16, triton.next_power_of_2(size))
 
 
-def _shapes(query: Tensor, key: Tensor, ragged: bool, bounds: Tensor | None) -> dict[str, Any]:
-    size = query.shape[-1]
-    return {
-        "batch_size": query.shape[1],
-        "query_length": query.shape[0],
-        "key_length": key.shape[0],
-        "GROUP": query.shape[2] // key.shape[2],
-        "SIZE": size,
-        "PADDED": _padded(size),
-        "DOCUMENTS": bounds is not None,
-        "RAGGED": ragged,
-    }
+def _variant(
+    tile: Tile, query: Tensor, key: Tensor, options: Options, bounds: Tensor | None, *, by_key: bool
+) -> Variant:
+    moving, rows = (query, tile.queries) if by_key else (key, tile.keys)
+    return make_variant(
+        tile,
+        query.shape[2] // key.shape[2],
+        query.shape[-1],
+        options,
+        ragged=moving.shape[0] % rows != 0,
+        by_key=by_key,
+        documents=bounds is not None,
+    )
 
 
-def _constants(options: Options, tile: Tile) -> dict[str, Any]:
-    return {
-        **options.numbers(),
-        **options.switches(),
-        "M": tile.queries,
-        "N": tile.keys,
-        "TMA": tile.tma,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-        **({"maxnreg": tile.registers} if tile.registers else {}),
-    }
+def _resources(tile: Tile) -> dict[str, int]:
+    limits = {} if tile.registers is None else {"maxnreg": tile.registers}
+    return {"num_warps": tile.warps, "num_stages": tile.stages, **limits}

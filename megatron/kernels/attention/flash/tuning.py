@@ -31,12 +31,12 @@ HOPPER: dict[tuple[Kernel, int], Tile] = {
     ("forward", 64): Tile(128, 128, 4, 3, tma=True),
     ("forward", 128): Tile(128, 64, 8, 2, tma=True, registers=128),
     ("forward", 256): Tile(128, 64, 8, 2, tma=True),
-    ("query", 64): Tile(128, 64, 4, 3, tma=True),
-    ("query", 128): Tile(128, 64, 8, 3, tma=True),
-    ("query", 256): Tile(64, 64, 8, 2, tma=True),
-    ("key_value", 64): Tile(64, 64, 4, 3, tma=True),
+    ("query", 64): Tile(128, 64, 8, 4, tma=True),
+    ("query", 128): Tile(128, 64, 8, 4, tma=True),
+    ("query", 256): Tile(128, 32, 8, 3, tma=True),
+    ("key_value", 64): Tile(64, 64, 4, 4, tma=True),
     ("key_value", 128): Tile(64, 128, 8, 3, tma=True),
-    ("key_value", 256): Tile(32, 64, 8, 2, tma=True),
+    ("key_value", 256): Tile(32, 64, 8, 3, tma=True),
 }
 """Measured on an H200, causal: the same chip as the H100."""
 
