@@ -151,3 +151,16 @@ def test_a_compiled_norm_gives_what_the_kernel_gives():
     compiled = torch.compile(function, fullgraph=True)
     for a, b in zip(gradients(compiled, inputs, grad), gradients(function, inputs, grad), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.gpu(2)
+def test_a_kernel_runs_on_the_device_and_stream_of_its_tensors():
+    x, weight = draw((64, 512), torch.bfloat16, "cuda:1", 1), draw((512,), torch.bfloat16, "cuda:1", 2)
+    other = torch.cuda.Stream("cuda:1")
+    other.wait_stream(torch.cuda.current_stream("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    with torch.cuda.stream(other):
+        normed = norm.fused_norm(x, weight, None, 1e-5)
+    other.synchronize()
+    assert torch.cuda.current_device() == 0
+    torch.testing.assert_close(normed, norm.norm(x, weight, None, 1e-5))
