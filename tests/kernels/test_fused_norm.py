@@ -162,5 +162,7 @@ def test_a_kernel_runs_on_the_device_and_stream_of_its_tensors():
     with torch.cuda.stream(other):
         normed = norm.fused_norm(x, weight, None, 1e-5)
     other.synchronize()
+    again = norm.fused_norm(x, weight, None, 1e-5)
     assert torch.cuda.current_device() == 0
+    assert torch.equal(normed, again)
     torch.testing.assert_close(normed, norm.norm(x, weight, None, 1e-5))
