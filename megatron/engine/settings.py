@@ -48,7 +48,8 @@ def build_settings(
         if config.parallel.pipeline_model_parallel_size > 1:
             problems += _find_pipeline_conflicts(settings)
         replicas = data_parallel_size * config.parallel.ds_sequence_parallel_size
-        problems += _find_zero_conflicts(settings["zero_optimization"], replicas, device_type)
+        zero = settings["zero_optimization"]
+        problems += _find_zero_conflicts(zero, config.training.precision, replicas, device_type)
         if problems:
             raise ConfigError(problems)
     # To DeepSpeed the Ulysses ranks are data-parallel ones (see `mpu.DeepSpeedGroups`), each with samples of its own.
@@ -94,11 +95,12 @@ def _find_pipeline_conflicts(settings: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _find_zero_conflicts(zero: Mapping[str, Any], replicas: int, device_type: str) -> Iterator[str]:
+def _find_zero_conflicts(zero: Mapping[str, Any], precision: str, replicas: int, device_type: str) -> Iterator[str]:
     """Name what of the user's own settings of ZeRO would be ignored, or fail, in this layout.
 
     Args:
         zero: the settings "zero_optimization".
+        precision: that of the weights.
         replicas: number of ranks that hold the same weights, or shares of them.
         device_type: "cuda" or "cpu".
     """
@@ -113,6 +115,11 @@ def _find_zero_conflicts(zero: Mapping[str, Any], replicas: int, device_type: st
         yield (
             f"--deepspeed_config: 'zero_optimization.{SECONDARY_PARTITION}' is {secondary}, which does not divide the "
             f"{replicas} ranks (data-parallel x Ulysses) that share the weights; use a divisor"
+        )
+    if quantized and precision == "fp32":
+        yield (
+            f"--deepspeed_config: 'zero_optimization.{QUANTIZED_WEIGHTS}' rounds weights to 8 bits on their way, which "
+            "makes no sense of --precision fp32; use bf16 or fp16, or remove it"
         )
     if quantized and device_type != "cuda":
         yield (

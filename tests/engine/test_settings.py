@@ -288,6 +288,7 @@ HPZ, QUANTIZED = "zero_hpz_partition_size", "zero_quantized_weights"
         ({HPZ: 2}, {"stage": 3}, "2, which does not divide the 3 ranks"),
         ({QUANTIZED: True}, {"stage": 1, "device_type": "cuda"}, "--zero-stage 3"),
         ({QUANTIZED: True}, {"stage": 3}, "CUDA"),
+        ({QUANTIZED: True}, {"stage": 3, "precision": "fp32", "device_type": "cuda"}, "--precision fp32"),
     ],
 )
 def test_what_is_for_divided_weights_is_refused_where_it_would_be_ignored_or_fail(values, config, part):

@@ -15,8 +15,8 @@ from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.gpu(2)
 
-BOUND = 1e-4
-"""Relative error in fp32, whose products sum in other orders for other shapes."""
+BOUND = 1e-5
+"""Relative error in fp32, as on the CPU; measured 4e-6."""
 
 EXACT = [
     *TWO_RANKS,
@@ -34,7 +34,7 @@ HALF = [
 
 QUANTIZED_BOUND = 0.03
 """Relative error of losses and gradient norms when weights travel as 8-bit integers: 1/254 of the largest of each group
-of weights is lost, in every product."""
+of weights is lost, in every product. Measured, losses differ by 4e-3 and norms by 2e-2."""
 
 
 def train(runs, poisoned_step=None, extensions=None):
