@@ -54,6 +54,12 @@ inline int alive;
 inline bool has_moved;  // whether anything but waiting happened in this round
 inline std::function<void()> body;
 
+inline std::uint32_t random_number() {
+  static std::uint32_t state = 1;
+  state = state * 1664525u + 1013904223u;
+  return state >> 16;
+}
+
 inline void yield_now() {
   Fiber* self = running;
   swapcontext(&self->context, &scheduler);
@@ -129,7 +135,12 @@ inline void run_block() {
   start_block();
   while (alive > 0) {
     has_moved = false;
-    for (Fiber& fiber : fibers) {
+    // In another order each time, so that what depends on it differs between two runs.
+    const std::size_t count = fibers.size(), first = random_number() % count;
+    const bool is_reversed = random_number() % 2;
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::size_t place = (first + i) % count;
+      Fiber& fiber = fibers[is_reversed ? count - 1 - place : place];
       if (fiber.is_done) continue;
       running = &fiber;
       thread = fiber.index;

@@ -45,7 +45,8 @@ __device__ __forceinline__ Normal normal(float x) {
 
 template <bool kExact>
 __device__ __forceinline__ float sigmoid(float x) {
-  return kExact ? 1.0f / (1.0f + expf(-x)) : __fdividef(1.0f, 1.0f + __expf(-x));
+  constexpr float kLog2E = 1.4426950408889634f;
+  return kExact ? 1.0f / (1.0f + expf(-x)) : __fdividef(1.0f, 1.0f + fast_exp2(-kLog2E * x));
 }
 
 template <int kKind, bool kExact>
@@ -54,11 +55,13 @@ __device__ __forceinline__ Point curve(float x) {
     const Normal n = normal<kExact>(x);
     return {x * n.below, n.below + x * n.density};
   } else if constexpr (kKind == kGeluTanh || kKind == kGegluTanh) {
-    // (1 + tanh u) / 2 = sigmoid(2 u); beyond the limit it is 0 or 1 and the cube would overflow.
+    // (1 + tanh u) / 2 = sigmoid(2 u). Beyond the limit it is 0 or 1, and the square may overflow: infinity is right for
+    // the value, not for the slope.
     constexpr float kTwoRoot = 2.0f * 0.79788456080286536f, kCubic = 0.044715f, kLimit = 20.0f;
-    const float y = fminf(fmaxf(x, -kLimit), kLimit), square = y * y;
-    const float share = sigmoid<kExact>(kTwoRoot * y * fmaf(kCubic, square, 1.0f));
-    return {x * share, share + y * share * (1.0f - share) * kTwoRoot * fmaf(3.0f * kCubic, square, 1.0f)};
+    const float share = sigmoid<kExact>(x * fmaf(kTwoRoot * kCubic, x * x, kTwoRoot));
+    const float y = fminf(fmaxf(x, -kLimit), kLimit);
+    const float growth = y * fmaf(3.0f * kTwoRoot * kCubic, y * y, kTwoRoot);
+    return {x * share, fmaf(share * (1.0f - share), growth, share)};
   } else if constexpr (kKind == kSwiglu) {
     const float share = sigmoid<kExact>(x);
     return {x * share, share * (1.0f + x * (1.0f - share))};

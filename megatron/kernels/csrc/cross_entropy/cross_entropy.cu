@@ -11,12 +11,13 @@ namespace megatron {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kStatisticsThreads = 256;
 constexpr int kAtOnce = 4;  // vectors that a thread has on their way
 
+// exp(x - shift), exactly one at the shift.
 template <bool kExact>
-__device__ __forceinline__ float exponential(float x) {
-  return kExact ? expf(x) : __expf(x);
+__device__ __forceinline__ float shifted_exponential(float x, float shift) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  return kExact ? expf(x - shift) : fast_exp2((x - shift) * kLog2E);
 }
 
 // The highest of some numbers and the sum of exp(number - highest); -inf and 0 of none.
@@ -30,7 +31,7 @@ struct Running {
 #pragma unroll
     for (int i = 1; i < kCount; ++i) top = fmaxf(top, values[i]);
     if (top > highest) {
-      sum *= exponential<kExact>(highest - top);
+      sum *= shifted_exponential<kExact>(highest, top);
       highest = top;
     }
     if (highest == -INFINITY) {  // nothing but -inf so far, whose share is zero; a NaN must not be lost
@@ -39,13 +40,14 @@ struct Running {
       return;
     }
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) sum += exponential<kExact>(values[i] - highest);
+    for (int i = 0; i < kCount; ++i) sum += shifted_exponential<kExact>(values[i], highest);
   }
 
   __device__ __forceinline__ void merge(float other_highest, float other_sum) {
     const float top = fmaxf(highest, other_highest);
     sum = top == -INFINITY ? sum + other_sum
-                           : sum * exponential<kExact>(highest - top) + other_sum * exponential<kExact>(other_highest - top);
+                           : sum * shifted_exponential<kExact>(highest, top) +
+                                 other_sum * shifted_exponential<kExact>(other_highest, top);
     highest = top;
   }
 
@@ -80,7 +82,7 @@ __device__ __forceinline__ Cut cut(const T* row, int count) {
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kStatisticsThreads) statistics(CrossEntropy call) {
+__global__ void __launch_bounds__(kThreads) statistics(CrossEntropy call) {
   constexpr int kSize = vector_size<T>;
   constexpr bool kExact = std::is_same_v<T, float>;
   __shared__ float highest[kMostWarps], sums[kMostWarps];
@@ -89,30 +91,25 @@ __global__ void __launch_bounds__(kStatisticsThreads) statistics(CrossEntropy ca
   const Cut parts = cut(logits, call.num_tokens);
   const int after = parts.head + parts.vectors * kSize;
   Running<kExact> running;
-  Packed<T, kSize> packed[kAtOnce], next[kAtOnce];
-  const auto load_next = [&](int start) {
+  for (int c = threadIdx.x; c < parts.head; c += kThreads) running.take({to_float(logits[c])});
+  for (int c = after + threadIdx.x; c < call.num_tokens; c += kThreads) running.take({to_float(logits[c])});
+  int start = threadIdx.x;
+  for (; start + (kAtOnce - 1) * kThreads < parts.vectors; start += kAtOnce * kThreads) {
+    Packed<T, kSize> packed[kAtOnce];
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const int vector = start + n * kStatisticsThreads;
-      if (vector < parts.vectors) next[n] = Packed<T, kSize>::load(logits + parts.head + vector * kSize);
+      packed[n] = Packed<T, kSize>::load(logits + parts.head + (start + n * kThreads) * kSize);
     }
-  };
-  load_next(threadIdx.x);
-  for (int c = threadIdx.x; c < parts.head; c += kStatisticsThreads) running.take({to_float(logits[c])});
-  for (int c = after + threadIdx.x; c < call.num_tokens; c += kStatisticsThreads) running.take({to_float(logits[c])});
-  for (int start = threadIdx.x; start < parts.vectors; start += kAtOnce * kStatisticsThreads) {
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) packed[n] = next[n];
-    load_next(start + kAtOnce * kStatisticsThreads);
-    float values[kAtOnce * kSize];
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const bool is_here = start + n * kStatisticsThreads < parts.vectors;
-      float some[kSize];
-      packed[n].unpack(some);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) values[n * kSize + i] = is_here ? some[i] : -INFINITY;
+      float values[kSize];
+      packed[n].unpack(values);
+      running.take(values);
     }
+  }
+  for (; start < parts.vectors; start += kThreads) {
+    float values[kSize];
+    Packed<T, kSize>::load(logits + parts.head + start * kSize).unpack(values);
     running.take(values);
   }
   running.merge_warp();
@@ -121,7 +118,7 @@ __global__ void __launch_bounds__(kStatisticsThreads) statistics(CrossEntropy ca
   __syncthreads();
   if (warp > 0) return;
   running = {};
-  if (lane < kStatisticsThreads / kWarp) running = {highest[lane], sums[lane]};
+  if (lane < kThreads / kWarp) running = {highest[lane], sums[lane]};
   running.merge_warp();
   if (lane == 0) {
     const std::int64_t label = reinterpret_cast<const std::int64_t*>(call.label_columns)[row];
@@ -144,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) gradient(CrossEntropy call) {
   const float scale = reinterpret_cast<const float*>(call.scale)[row];
   const std::int64_t label = reinterpret_cast<const std::int64_t*>(call.label_columns)[row];
   const auto value = [&](float logit, int column) {
-    const float share = exponential<kExact>(logit - log_sum);
+    const float share = shifted_exponential<kExact>(logit, log_sum);
     return scale * (column == label ? share - 1.0f : share);
   };
   Cut parts = cut(logits, call.num_tokens);
@@ -185,7 +182,7 @@ void cross_entropy_statistics(const CrossEntropy& call, int type, const Place& p
   const DeviceGuard guard(place.device);
   with_type(type, [&](auto t) {
     launch("the cross entropy's forward", statistics<typename decltype(t)::type>,
-           dim3(static_cast<unsigned>(call.rows)), dim3(kStatisticsThreads), 0, place, call);
+           dim3(static_cast<unsigned>(call.rows)), dim3(kThreads), 0, place, call);
   });
 }
 
