@@ -44,8 +44,10 @@ def scaled_softmax(scores: Tensor, *, scale: float = 1.0, causal: bool = False, 
     scaled = scores if scale == 1.0 else scores.to(wide) * scale
     if allowed is None:
         return scaled.softmax(dim=-1, dtype=wide).to(scores.dtype)
-    # The second fill is for queries without a key, whose softmax is NaN; their gradient stops at the first.
-    weights = scaled.masked_fill(~allowed, float("-inf")).softmax(dim=-1, dtype=wide).masked_fill(~allowed, 0.0)
+    weights = scaled.masked_fill(~allowed, float("-inf")).softmax(dim=-1, dtype=wide)
+    if mask is not None or scores.shape[-2] > scores.shape[-1]:
+        # There may be queries without a key, whose softmax is NaN; their gradient stops at the first fill.
+        weights = weights.masked_fill(~allowed, 0.0)
     return weights.to(scores.dtype)
 
 
