@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from megatron.parallel.embedding import SequenceShardedPositions
 from tests.parallel import test_collectives as collectives
 from tests.parallel import test_cross_entropy as cross_entropy
 from tests.parallel import test_embedding as embedding
@@ -34,9 +33,8 @@ def on_gpu(check, *args):
         (linear.gated_mlp_matches_dense, (True,)),
         (embedding.embedding_matches_dense, (False,)),
         (embedding.embedding_matches_dense, (True,)),
+        (embedding.positions_match_dense, (False,)),
         (embedding.positions_match_dense, (True,)),
-        (embedding.positions_match_dense, (False, SequenceShardedPositions)),
-        (embedding.positions_match_dense, (True, SequenceShardedPositions)),
         (qkv.grouped_attention_matches_dense, (1, False)),
         (qkv.grouped_attention_matches_dense, (1, True)),
         (qkv.grouped_attention_matches_dense, (2, True)),
