@@ -31,7 +31,7 @@ def crash(environment):
 
 
 def die(environment):
-    print("the last words")
+    print("the last words", flush=True)
     os._exit(3)
 
 

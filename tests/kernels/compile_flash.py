@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import make_launcher
+from triton.backends.nvidia import driver as nvidia
 from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -68,7 +68,8 @@ def compile_kernels(capability, size, documents=False, length=256, heads=(2, 2),
         source = kernel.src
         assert isinstance(source, ASTSource)
         constants = {(source.fn.arg_names.index(key),) if isinstance(key, str) else key for key in source.constants}
-        make_launcher(dict.fromkeys(constants), dict(source.signature), kernel.metadata.tensordesc_meta)
+        if hasattr(nvidia, "make_launcher"):  # Triton 3.6 writes a launcher for each kernel; 3.7 has one for all
+            nvidia.make_launcher(dict.fromkeys(constants), dict(source.signature), kernel.metadata.tensordesc_meta)
         compiled.append(kernel)
 
     JITFunction.run = compile_alone

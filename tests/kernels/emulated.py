@@ -14,6 +14,8 @@ from megatron.kernels import build
 
 EMULATION = Path(__file__).parent / "emulation"
 TOOLKIT = Path("/usr/local/cuda/include")
+LINK = ["g++", "-shared", "-Wl,-Bsymbolic"]
+"""Its own stand-ins for CUDA's functions come first, also where PyTorch has loaded the real ones."""
 
 
 def why_not() -> str | None:
@@ -26,7 +28,9 @@ def why_not() -> str | None:
 @functools.cache
 def emulated_kernel(name: str) -> ModuleType:
     """Compile a kernel for the CPU, once for all processes of the session, and load it."""
-    key = hashlib.sha256((EMULATION / "emulation.h").read_bytes() + build.source_key(name).encode()).hexdigest()[:12]
+    key = hashlib.sha256(
+        (EMULATION / "emulation.h").read_bytes() + f"{LINK} {build.source_key(name)}".encode()
+    ).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / "megatron-emulated" / f"{name}-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -50,5 +54,5 @@ def _compile(name: str, target: Path) -> None:
         ]
         assert [job.wait() for job in jobs] == [0, 0], f"{name} does not compile for the CPU"
         made = Path(scratch) / target.name
-        subprocess.run(["g++", "-shared", "-o", str(made), str(kernel), str(bindings)], check=True)
+        subprocess.run([*LINK, "-o", str(made), str(kernel), str(bindings)], check=True)
         made.replace(target)
