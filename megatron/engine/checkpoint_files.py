@@ -13,7 +13,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointComm
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from megatron.engine.interface import CheckpointError
+from megatron.checkpoint.errors import CheckpointError
 
 ALLOWED_CLASSES = [DynamicLossScaler, LossScaler, fragment_address]
 """All that DeepSpeed's files hold beside tensors, numbers, strings and their containers."""

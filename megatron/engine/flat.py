@@ -19,9 +19,10 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from megatron.checkpoint.errors import CheckpointError
 from megatron.config.errors import ConfigError
 from megatron.engine.checkpoint_files import CheckpointFiles, read_file
-from megatron.engine.interface import CheckpointError, Engine, MicroBatch, StepResult
+from megatron.engine.interface import Engine, MicroBatch, StepResult
 from megatron.engine.launch import quiet_stdout
 from megatron.engine.mpu import DeepSpeedGroups
 from megatron.engine.zero import prepare_zero, restore_globals

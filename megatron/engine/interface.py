@@ -10,12 +10,6 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from megatron.config.errors import UserError
-
-
-class CheckpointError(UserError, RuntimeError):
-    """A checkpoint cannot be read, or is not of this run's layout."""
-
 
 class MicroBatch(Protocol):
     """The samples one rank takes through the model at once; `megatron.data.batch.Batch` is one.

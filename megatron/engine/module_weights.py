@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron.checkpoint.errors import CheckpointError
 from megatron.engine.checkpoint_files import read_file
-from megatron.engine.interface import CheckpointError
 from megatron.model.gpt import TIED_EMBEDDING
 from megatron.parallel.sharding import Sharding, join_shards, slice_of
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.errors import CheckpointError
 from megatron.config.deepspeed_json import read_deepspeed_json
 from megatron.config.sections import RunConfig
 from megatron.data.tokenizer.build import build_tokenizer
@@ -31,7 +32,6 @@ from megatron.parallel.groups import ParallelGroups
 from megatron.parallel.sharding import describe_sharding
 from megatron.training.batch_size import BatchSize
 from megatron.training.checkpoint import (
-    CheckpointError,
     CheckpointWriter,
     find_checkpoint,
     read_checkpoint,

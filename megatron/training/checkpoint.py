@@ -25,7 +25,7 @@ from typing import IO, Any, Protocol
 
 import torch
 
-from megatron.engine.interface import CheckpointError
+from megatron.checkpoint.errors import CheckpointError
 from megatron.training.control import Control
 from megatron.training.state import TrainState
 

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from megatron.checkpoint.errors import CheckpointError
 from megatron.config.model import ModelConfig
-from megatron.training.checkpoint import CheckpointError
 
 FREE_TO_CHANGE = frozenset({"attention_dropout", "hidden_dropout", "init_method_std"})
 """Fields of the model that do not change what its weights mean."""

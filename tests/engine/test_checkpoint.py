@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.checkpoint.errors import CheckpointError
 from megatron.engine.checkpoint_files import ALLOWED_CLASSES, read_file, write_file
-from megatron.engine.interface import CheckpointError
 from megatron.engine.module_weights import load_module_weights
 from tests.engine import toy
 from tests.ranks import run_on_ranks

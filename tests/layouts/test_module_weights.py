@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.checkpoint.errors import CheckpointError
 from megatron.engine.checkpoint_files import write_file
-from megatron.engine.interface import CheckpointError
 from megatron.engine.module_weights import load_module_weights
 from megatron.parallel.sharding import describe_sharding
 from tests.layouts.recorded import COMMON, MODELS

@@ -240,7 +240,7 @@ def drift_with_deepspeeds_own_sum() -> torch.Tensor:
 
 
 def resume(cases: list[Case], folder: str) -> None:
-    from megatron.engine.interface import CheckpointError
+    from megatron.checkpoint.errors import CheckpointError
     from megatron.engine.module_weights import load_module_weights
 
     for number, case in enumerate(cases):

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from megatron.engine.interface import CheckpointError
+from megatron.checkpoint.errors import CheckpointError
 from tests.layouts.recorded import MODELS, record
 from tests.ranks import run_on_ranks
 

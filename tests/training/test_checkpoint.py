@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.engine.interface import CheckpointError
+from megatron.checkpoint.errors import CheckpointError
 from megatron.training import checkpoint
 from megatron.training.checkpoint import (
     CheckpointWriter,

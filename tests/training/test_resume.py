@@ -1,6 +1,6 @@
 import pytest
 
-from megatron.engine.interface import CheckpointError
+from megatron.checkpoint.errors import CheckpointError
 from megatron.training.resume import check_fits, check_layout
 
 SAVED = {

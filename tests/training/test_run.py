@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
+from megatron.checkpoint.errors import CheckpointError
 from megatron.config.errors import UserError
-from megatron.engine.interface import CheckpointError
 from tests.ranks import run_on_ranks
 from tests.training.runs import FLAGS, is_rank, losses, run, write_data
 
