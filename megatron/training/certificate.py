@@ -6,15 +6,17 @@ parameter and g that of all, the bounds are
 
 | what       | in fp32                               | in half precision                          |
 |------------|---------------------------------------|--------------------------------------------|
-| loss, norm | 1e-5                                  | max(2 e, 4 u)                              |
+| loss       | 1e-5                                  | max(2 e, 4 u)                              |
+| norm       | 1e-5                                  | max(2 e, 2 e_g, 4 u)                       |
 | gradient   | 1e-5 + 4 u |g| / |g_p|                | max(2 e, u) + u |g| / (4 |g_p|)            |
 | travel     | k 1e-5 + u (|w_p| + 256 d_p) / |t_p|  | max(2 e, u) + u (|w_p| + 8 d_p) / |t_p|    |
 | start      | 0: bit for bit as on one rank         | 0: in the same precision                   |
 
-with e the error of one rank in that precision (4 e where e is above 1/2, for what is rounding alone). A travel t_p is
-how far a weight w_p went in all k optimizer steps, and d_p how far it would have gone at the average over all entries.
-The second terms are for gradients that cancel, such as those of keys' biases, and for travels of which a weight holds
-only the first digits.
+with e the error of one rank in that precision (4 e where e is above 1/2, for what is rounding alone), and e_g that of
+its first gradient as a whole: a norm is off by up to the length of the gradient's error, and by less when parts of it
+happen to cancel, on which no bound can rely. A travel t_p is how far a weight w_p went in all k optimizer steps, and
+d_p how far it would have gone at the average over all entries. The second terms are for gradients that cancel, such as
+those of keys' biases, and for travels of which a weight holds only the first digits.
 """
 
 from __future__ import annotations
@@ -123,8 +125,11 @@ def compare(precision: str, ranks: Sequence[Trained], same: Trained, exact: Trai
         "loss": lambda record: record.losses,
         "gradient norm": lambda record: record.grad_norms,
     }
+    rounding = {"loss": 0.0, "gradient norm": _whole_error(same.gradient.gradients(), exact.gradient.gradients())}
     for what, of in numbers.items():
-        yield from comparison.numbers(what, [of(rank) for rank in training], of(same.training), of(exact.training))
+        yield from comparison.numbers(
+            what, [of(rank) for rank in training], of(same.training), of(exact.training), rounding=rounding[what]
+        )
     yield from comparison.starts([record.initial for record in training], training, same.training.initial)
     yield from comparison.gradients(
         _copies([record.gradients() for record in gradients], gradients),
@@ -170,10 +175,10 @@ class _Comparison:
         self.unit = UNIT_ROUNDOFF[precision]
 
     def numbers(
-        self, what: str, ranks: Sequence[list[float]], same: list[float], exact: list[float]
+        self, what: str, ranks: Sequence[list[float]], same: list[float], exact: list[float], *, rounding: float
     ) -> Iterator[Finding]:
-        """Compare a number of each step; the worst rank counts, and one rank's worst step is its rounding."""
-        own = max(_relative(value, wanted) for value, wanted in zip(same, exact, strict=True))
+        """Compare a number of each step; the worst rank counts, and one rank's worst step or more is its `rounding`."""
+        own = max(rounding, *(_relative(value, wanted) for value, wanted in zip(same, exact, strict=True)))
         for step, wanted in enumerate(exact):
             error = max(_relative(values[step], wanted) for values in ranks)
             yield self._finding(what, f"step {step + 1}", error, self._bound(own, 4))
@@ -248,6 +253,12 @@ def describe_place(place: Coordinates, among: Sequence[Coordinates]) -> str:
 
 def _total(tensors: Mapping[str, Tensor]) -> float:
     return math.sqrt(math.fsum(tensor.norm().item() ** 2 for tensor in tensors.values()))
+
+
+def _whole_error(found: Mapping[str, Held], exact: Mapping[str, Held]) -> float:
+    """Distance of all tensors together in the 2-norm, relative to the second."""
+    apart = {name: found[name].tensor.double() - held.tensor.double() for name, held in exact.items()}
+    return _total(apart) / (_total(_whole(exact)) or 1.0)
 
 
 def _distance(value: Tensor, wanted: Tensor) -> float:
