@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import socket
 import sys
 import time
@@ -184,6 +185,10 @@ def _export(environment: RankEnvironment, device: torch.device) -> None:
     installation = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "megatron" / "torch_extensions" / installation))
+    if device.type == "cuda" and re.search(r"\d[af]\b", os.environ.get("TORCH_CUDA_ARCH_LIST", "")):
+        # Images of NVIDIA's name targets such as 10.0a, at which DeepSpeed's build of an operator would fail.
+        major, minor = torch.cuda.get_device_capability(device)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = f"{major}.{minor}"
 
 
 def _warn_of_stale_locks(extensions: Path) -> None:

@@ -9,7 +9,9 @@ import time
 from datetime import timedelta
 
 import pytest
+import torch
 
+from megatron.engine import launch
 from megatron.engine.launch import LaunchError, RankEnvironment, quiet_stdout, read_environment
 from tests.ranks import run_on_ranks
 
@@ -93,8 +95,6 @@ def start_and_stop(times):
     import torch
     import torch.distributed as dist
 
-    from megatron.engine import launch
-
     sums = []
     for _ in range(times):
         device = launch.start(launch.read_environment(), timedelta(seconds=60))
@@ -116,8 +116,6 @@ def start_as_told_by(launcher):
     """Start with the variables of another launcher instead of torchrun's, which are all that a rank has then."""
     import torch
     import torch.distributed as dist
-
-    from megatron.engine import launch
 
     told = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
     rank = told["RANK"]
@@ -151,8 +149,6 @@ def test_ranks_of_another_launcher_meet_by_its_variables_alone(launcher):
 
 
 def find_nobody():
-    from megatron.engine import launch
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -172,8 +168,6 @@ def test_a_taken_port_is_an_error_that_names_address_and_rank():
 
 
 def warn_of_lock(folder):
-    from megatron.engine import launch
-
     os.environ["TORCH_EXTENSIONS_DIR"] = folder
     records = []
     launch.log.addHandler(handler := logging.Handler())
@@ -190,6 +184,16 @@ def test_the_lock_of_a_killed_build_is_named(tmp_path):
         os.utime(lock, (time.time() - age,) * 2)
     ((message,),) = run_on_ranks(1, warn_of_lock, str(tmp_path), initialize=False, deepspeed=True)
     assert str(tmp_path / "old_op" / "lock") in message
+
+
+@pytest.mark.parametrize(
+    ("named", "kept"), [("8.0 9.0 10.0a+PTX", "9.0"), ("9.0a", "9.0"), ("8.0;9.0+PTX", "8.0;9.0+PTX")]
+)
+def test_operators_are_built_for_this_gpu_where_deepspeed_cannot_read_the_targets(monkeypatch, named, kept):
+    monkeypatch.setattr(os, "environ", {"TORCH_CUDA_ARCH_LIST": named, "HOME": "/"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    launch._export(launch.read_environment({}), torch.device("cuda", 0))
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == kept
 
 
 def test_the_program_prints_nothing_of_deepspeed_on_its_output(tmp_path):
