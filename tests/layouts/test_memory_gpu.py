@@ -146,3 +146,42 @@ def offloaded_weights() -> dict[str, tuple[float, float]]:
 def test_memory_is_what_theory_says(measured_bytes):
     for name, (predicted, measured) in measured_bytes().items():
         assert measured == pytest.approx(predicted, rel=0.1, abs=0.01 * SEQUENCE * HIDDEN), name
+
+
+PEAKS = {
+    "one GPU": "",
+    "tensor": TENSOR,
+    "tensor, sequence": SHARDED,
+    "tensor, sequence, blocks recomputed": f"{SHARDED} --recompute-granularity full",
+    "tensor, sequence, some products kept": f"{SHARDED} --recompute-granularity products --recompute-budget-gib 0.1",
+    "tensor, sequence, plain attention": f"{SHARDED} --attention-backend unfused",
+    "tensor, sequence, its core recomputed": f"{SHARDED} --attention-backend unfused --recompute-granularity selective",
+    "pipeline": "--pipeline-model-parallel-size 2",
+    "Ulysses": "--ds-sequence-parallel-size 2",
+    "ZeRO 1": "--zero-stage 1",
+    "ZeRO 2": "--zero-stage 2",
+    "ZeRO 3": "--zero-stage 3",
+}
+SMALLER = [
+    ("tensor", "one GPU"),
+    ("tensor, sequence", "tensor"),
+    ("tensor, sequence, some products kept", "tensor, sequence"),
+    ("tensor, sequence, blocks recomputed", "tensor, sequence, some products kept"),
+    ("tensor, sequence, its core recomputed", "tensor, sequence, plain attention"),
+    ("pipeline", "one GPU"),
+    ("Ulysses", "one GPU"),
+    ("ZeRO 2", "ZeRO 1"),
+    ("ZeRO 3", "ZeRO 2"),
+]
+"""Pairs of which the first divides, or recomputes, more."""
+
+
+def test_the_peak_falls_as_more_is_divided_or_recomputed():
+    run = "--num-layers 12 --global-batch-size 2"
+    runs = [f"{run} {layout}" for name, layout in PEAKS.items() if name != "one GPU"]
+    (alone,) = measure_on_gpus(1, [run])
+    found = dict(zip(PEAKS, [alone, *measure_on_gpus(2, runs)], strict=True))
+    peaks = {name: of_run["peak"] for name, of_run in found.items()}
+    for name, peak in peaks.items():
+        print(f"{name}: peak {peak / 2**30:.2f} GiB")
+    assert [pair for pair in SMALLER if not peaks[pair[0]] < peaks[pair[1]]] == []
