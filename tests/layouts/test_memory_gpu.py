@@ -173,7 +173,6 @@ SMALLER = [
     ("peak", "ZeRO 1", "one GPU"),
     ("peak", "ZeRO 2", "one GPU"),
     ("peak", "ZeRO 3", "one GPU"),
-    ("at rest", "ZeRO 3", "ZeRO 2"),
 ]
 """What is measured, and two layouts of which the first has less of it, since it divides or recomputes more."""
 
