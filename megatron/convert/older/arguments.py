@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,14 @@ def model_config(arguments: Arguments, file: Path) -> ModelConfig:
             errors.append(f"{file}: its arguments have {error}: it cannot be imported")
     if errors:
         raise ConfigError(errors)
-    return ModelConfig(**fields)
+    return _complete(ModelConfig(**fields))
+
+
+def _complete(config: ModelConfig) -> ModelConfig:
+    """Fill in what a run derives of the model from other sections."""
+    length = config.rotary_original_max_positions
+    length = length or max(round(config.max_position_embeddings / config.rotary_scaling_factor), 1)
+    return replace(config, rotary_original_max_positions=length, rotary_attention_factor=1.0)
 
 
 def _attention(arguments: Arguments) -> dict[str, Any]:
@@ -131,14 +139,13 @@ def _positions(arguments: Arguments) -> dict[str, Any]:
     fields["rotary_base"] = float(
         arguments.get("rotary_base") or arguments.get("rotary_position_embeddings_theta") or 10000
     )
-    length = arguments.get("max_position_embeddings")
     if arguments.get("use_rope_scaling"):
         factor = float(arguments.get("rope_scaling_factor") or 8.0)
         fields |= {"rotary_scaling_type": "llama3", "rotary_scaling_factor": factor}
         fields["rotary_original_max_positions"] = LLAMA3_LENGTH
-    elif factor := arguments.get("rotary_seq_len_interpolation_factor"):
-        fields |= {"rotary_scaling_type": "linear", "rotary_scaling_factor": float(factor)}
-        fields["rotary_original_max_positions"] = max(int(length or 1) // int(factor), 1)
+    elif arguments.get("rotary_seq_len_interpolation_factor"):
+        factor = float(arguments["rotary_seq_len_interpolation_factor"])
+        fields |= {"rotary_scaling_type": "linear", "rotary_scaling_factor": factor}
     return fields
 
 

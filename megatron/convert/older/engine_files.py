@@ -2,8 +2,8 @@
 
 | file | content |
 |---|---|
-| `mp_rank_MM_model_states.pt` | the flags (`args`), counters; the weights under `module` unless there are layer files; without ZeRO the optimizer |
-| `layer_LL-model_TT-model_states.pt` | of a pipelined model: the weights of layer LL, on tensor rank TT |
+| `mp_rank_MM_model_states.pt` | flags (`args`), counters; `module`: the weights; without ZeRO `optimizer` |
+| `layer_LL-model_TT-model_states.pt` | of a pipelined model, instead: the weights of layer LL on tensor rank TT |
 | `zero_pp_rank_D_mp_rank_MM_model_states.pt` | ZeRO-3: as the first, without usable weights |
 | `zero_pp_rank_D_mp_rank_MM_optim_states.pt` | see `zero_partitions` |
 
@@ -56,8 +56,11 @@ def read_engine_files(folder: Path, admitted: Iterable[str] = (), *, optimizer: 
         CheckpointError: a file is missing, damaged or of a form that is not known.
     """
     admitted = tuple(admitted)
-    paths = {int(named[2]): path for path in sorted(folder.glob("*mp_rank_*_model_states.pt"))
-             if (named := MODEL_FILE.fullmatch(path.name))}
+    paths = {
+        int(match[2]): path
+        for path in sorted(folder.glob("*mp_rank_*_model_states.pt"))
+        if (match := MODEL_FILE.fullmatch(path.name))
+    }
     states = {rank: read_pickled(path, admitted) for rank, path in sorted(paths.items())}
     if sorted(states) != list(range(len(states))):
         raise CheckpointError(f"{folder} has the model's ranks {sorted(states)}: copy all of the checkpoint")
@@ -75,7 +78,9 @@ def read_engine_files(folder: Path, admitted: Iterable[str] = (), *, optimizer: 
         layers.add_weights(checkpoint)
     zero_3 = paths[0].name.startswith("zero_")
     for rank, state in states.items():
-        named = layers.named(rank % layers.tensor_size) if layers else _named(state, paths[rank], with_weights=not zero_3)
+        named = (
+            layers.named(rank % layers.tensor_size) if layers else _named(state, paths[rank], with_weights=not zero_3)
+        )
         if not layers and not zero_3:
             for name, (place, weight, path) in named.items():
                 checkpoint.add(place, WEIGHT, Part(path, name, tuple(weight.shape), (weight,)))
@@ -122,11 +127,9 @@ def _add_optimizer(
     else:
         return
     for name, kind, part in parts:
-        if name in named:
-            place = named[name][0]
-        else:
-            place = _known(place_of(name), name, part.file)
-        if kind not in checkpoint.parts.get(place, {}) or len(checkpoint.parts[place][kind]) < checkpoint.tensor_size:
+        place = named[name][0] if name in named else _known(place_of(name), name, part.file)
+        # What two stages share comes again with the last one, whose copy of the moments counts for nothing.
+        if len(checkpoint.parts.get(place, {}).get(kind, ())) < checkpoint.tensor_size:
             checkpoint.add(place, kind, part)
     checkpoint.optimizer_steps = steps
 

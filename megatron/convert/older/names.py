@@ -2,11 +2,13 @@
 
 | what | Megatron-LM before core, Megatron-DeepSpeed | Megatron core |
 |---|---|---|
-| norm before attention | `input_layernorm`, `input_norm` | `input_layernorm`, or in `self_attention.linear_qkv` as `layer_norm_` |
-| query, key and value | `self_attention.query_key_value`, `attention.query_key_value` | `self_attention.linear_qkv` |
-| output of attention | `self_attention.dense`, `attention.dense` | `self_attention.linear_proj` |
-| norm before the MLP | `post_attention_layernorm`, `post_attention_norm` | `pre_mlp_layernorm`, or in `mlp.linear_fc1` |
+| norm before attention | `input_layernorm`, `input_norm` | `input_layernorm`, or part of `linear_qkv` |
+| query, key and value | `self_attention.query_key_value` | `self_attention.linear_qkv` |
+| output of attention | `self_attention.dense` | `self_attention.linear_proj` |
+| norm before the MLP | `post_attention_layernorm` or `_norm` | `pre_mlp_layernorm`, or part of `linear_fc1` |
 | MLP | `mlp.dense_h_to_4h`, `mlp.dense_4h_to_h` | `mlp.linear_fc1`, `mlp.linear_fc2` |
+
+The oldest say `attention` for `self_attention`.
 
 A place is what a parameter is, whatever its name: `words`, `positions`, `block.3.mlp.up.weight`, `norm.weight`, `head`.
 """

@@ -148,8 +148,10 @@ class Joiner:
         for part in parts:
             shard = part.read()
             if shard.dim() != 2 or shard.shape[1] != logical.shape[1]:
-                raise CheckpointError(f"{part.file}: {part.key} has the shape {part.shape}, its rows should have "
-                                      f"{logical.shape[1]} entries")
+                raise CheckpointError(
+                    f"{part.file}: {part.key} has the shape {part.shape}, its rows should have "
+                    f"{logical.shape[1]} entries"
+                )
             end = min(first + len(shard), self.vocab_size)
             logical[first:end] = shard[: max(end - first, 0)]
             first += len(shard)

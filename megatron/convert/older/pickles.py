@@ -129,6 +129,8 @@ def _refusal(path: Path, message: str) -> str:
     named = re.search(r"GLOBAL (\S+)", message) or re.search(r"unrecognized function (.+)", message)
     if named is None:
         return f"{path} cannot be read ({_first_line(message)}): it is damaged, or no file of torch.save"
+    if "is blocked" in message:
+        return f"{path} names {named.group(1)}, of a module that runs programs; nothing of it was run: do not use it"
     return (
         f"{path} names {named.group(1)}, which is not among the classes that checkpoints of the older systems hold; "
         f"nothing of it was run. If you know it to be harmless data, read its objects as inert records with "

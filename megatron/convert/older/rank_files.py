@@ -74,8 +74,10 @@ def read_rank_files(folder: Path, admitted: Iterable[str] = (), *, optimizer: bo
     for tensor in range(tensor_size):
         for pipeline in range(pipeline_size):
             if (tensor, pipeline) not in by_place:
-                raise CheckpointError(f"{folder} lacks the file of tensor rank {tensor}, pipeline rank {pipeline}: "
-                                      "copy all of the checkpoint")
+                raise CheckpointError(
+                    f"{folder} lacks the file of tensor rank {tensor}, pipeline rank {pipeline}: "
+                    "copy all of the checkpoint"
+                )
     first = by_place[0, 0]
     checkpoint = OlderCheckpoint(
         file=first.path,
@@ -146,9 +148,7 @@ def _add_weights(checkpoint: OlderCheckpoint, file: _RankFile, places: Mapping[s
         checkpoint.add(place, WEIGHT, Part(file.path, name.partition(".")[2], tuple(weight.shape), (weight,)))
 
 
-def _add_optimizer(
-    checkpoint: OlderCheckpoint, file: _RankFile, places: Mapping[str, tuple[str, Tensor]]
-) -> None:
+def _add_optimizer(checkpoint: OlderCheckpoint, file: _RankFile, places: Mapping[str, tuple[str, Tensor]]) -> None:
     if separate := [name for name in DISTRIBUTED if (file.path.parent / name).is_file()]:
         raise CheckpointError(
             f"{file.path.parent / separate[0]} is of the distributed optimizer, whose buckets are not read: import the "

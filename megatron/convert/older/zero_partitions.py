@@ -1,9 +1,13 @@
 """The optimizer's state as DeepSpeed divides it over data-parallel ranks: `zero_pp_rank_D_mp_rank_MM_optim_states.pt`.
 
-| stage | a rank's entries | how they are put together |
-|---|---|---|
-| 1, 2, and bf16 with fp32 masters | `single_partition_of_fp32_groups`: of each group one range | the ranks' ranges one after the other are the group's parameters one after the other, then padding |
-| 3 | `fp32_flat_groups`: of each parameter its share | a parameter is divided evenly over the ranks, rounded up; a rank's shares follow one another through its sub-groups |
+| stage | a rank's entries |
+|---|---|
+| 1, 2, and bf16 with fp32 copies | `single_partition_of_fp32_groups`: one range of each group |
+| 3 | `fp32_flat_groups`: its share of each parameter |
+
+Under the first the ranks' ranges of a group, one after the other, are its parameters one after the other, then padding.
+Under stage 3 a parameter is divided evenly over the ranks, rounded up, and a rank's shares follow one another through
+its sub-groups.
 
 `param_slice_mappings`, where it was saved, says which parameter each entry of a range belongs to; otherwise
 `param_shapes` in the file of the weights does, in order.
@@ -148,8 +152,11 @@ def _ranges_of_stage_2(
             if any(of_rank is None for of_rank in slices):
                 yield name, shape, list(_cut(flat, start, end))
             else:
-                held = [(tensor, of_rank[name]) for tensor, of_rank in zip(flat, slices, strict=True)
-                        if of_rank and name in of_rank]
+                held = [
+                    (tensor, of_rank[name])
+                    for tensor, of_rank in zip(flat, slices, strict=True)
+                    if of_rank and name in of_rank
+                ]
                 yield name, shape, [tensor[first : first + count] for tensor, (first, count) in held]
 
 
