@@ -306,7 +306,7 @@ def write_flat_engine(
     for tensor in range(layout.tensor):
         named: list[tuple[str, str]] = []
         module = _chunk(original, layout, tensor, 0, original.config.num_layers, named)
-        paths = _engine_names(original, layout)
+        paths = engine_names(original, layout)
         shapes = _group_shapes(original, layout, tensor, named, paths)
         state = {
             "module": module if stage < 3 else OrderedDict(),
@@ -377,7 +377,7 @@ def _staged_name(name: str, layers: int, tied: bool, layout: Layout) -> str:
     return f"{stage}.{layout.names[stem]}.{kind}"
 
 
-def _engine_names(original: Original, layout: Layout) -> dict[str, str]:
+def engine_names(original: Original, layout: Layout) -> dict[str, str]:
     layers = original.config.num_layers
     return {
         name: "language_model." + ".".join(old_name(name, layout, layers, 0)) for name in original.tensors["weight"]
