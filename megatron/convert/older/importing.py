@@ -108,19 +108,20 @@ def import_checkpoint(folder: Path, save: Path, options: ImportOptions) -> Impor
     joiner = Joiner(model, vocab_size, found.version, found.tensor_size, options.replicas)
     tensors = _Tensors(found, joiner, _shardings(model, vocab_size))
     samples = int(found.arguments.get("consumed_train_samples") or 0)
-    written = write_checkpoint(
-        save,
-        tensors.weights(),
-        config=_config(model, vocab_size, found.arguments),
-        iteration=found.iteration,
-        paddings={name: sharding.padding for name, sharding in tensors.shardings.items() if sharding.padding},
-        states=tensors.states(),
-        counters={
-            "consumed_samples": samples,
-            "consumed_tokens": samples * int(found.arguments.get("seq_length") or 0),
-        },
-        engine=_engine(found) if tensors.kinds else {},
-    )
+    counters = {"consumed_samples": samples, "consumed_tokens": samples * int(found.arguments.get("seq_length") or 0)}
+    try:
+        written = write_checkpoint(
+            save,
+            tensors.weights(),
+            config=_config(model, vocab_size, found.arguments),
+            iteration=found.iteration,
+            paddings={name: sharding.padding for name, sharding in tensors.shardings.items() if sharding.padding},
+            states=tensors.states(),
+            counters=counters,
+            engine=_engine(found) if tensors.kinds else {},
+        )
+    except OSError as error:
+        raise CheckpointError(f"--save {save}: the checkpoint cannot be written there ({error})") from error
     return Imported(
         folder=written,
         iteration=found.iteration,

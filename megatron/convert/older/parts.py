@@ -138,6 +138,7 @@ class Joiner:
             return self._replicated(parts)
         shards = [part.read() for part in parts]
         if ".attention.qkv." in place:
+            self._require_whole_heads(parts[0])
             shards = [grouped_by_head(shard, self.version, self.config.kv_channels) for shard in shards]
         return join_shards(shards, sharding)
 
@@ -161,6 +162,14 @@ class Joiner:
                 f"{self.vocab_size}: give the right --vocab-size"
             )
         return logical
+
+    def _require_whole_heads(self, part: Part) -> None:
+        heads = self.config.num_key_value_heads
+        if heads % self.tensor_size:
+            raise CheckpointError(
+                f"{part.file}: {part.key} is of {heads} key/value heads on {self.tensor_size} tensor ranks, and how "
+                "the older system shared a head among ranks is not known here: save it on fewer tensor ranks first"
+            )
 
     def _replicated(self, parts: Sequence[Part]) -> Tensor:
         first = parts[0].read()

@@ -156,6 +156,19 @@ def test_norms_that_differ_between_tensor_ranks_are_refused_unless_one_says_what
     assert torch.equal(norms[1], norms[0] * 1.5)
 
 
+def test_heads_shared_among_tensor_ranks_are_refused(tmp_path):
+    folder = write_megatron_lm(make_original(LLAMA), tmp_path / "old", Layout(tensor=4, optimizer=False))
+    with pytest.raises(CheckpointError, match=r"query_key_value.*2 key/value heads on 4 tensor ranks"):
+        import_checkpoint(folder, tmp_path / "new", ImportOptions())
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    folder = write_megatron_lm(make_original(GPT_2), tmp_path / "old", Layout(optimizer=False))
+    (tmp_path / "new").write_text("a file")
+    with pytest.raises(CheckpointError, match=r"new"):
+        import_checkpoint(folder, tmp_path / "new", ImportOptions())
+
+
 def test_the_vocabulary_must_be_known_and_may_be_given(tmp_path):
     original = make_original(GPT_2)
     folder = write_megatron_lm(original, tmp_path / "old", Layout(), vocab_size=None)
