@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.convert.older.groups import check_master, group_with_size, steps_of
+from megatron.convert.older.groups import check_kinds, check_master, group_with_size, steps_of
 from megatron.convert.older.names import flatten, inside_block, place_of
 from megatron.convert.older.parts import MASTER, MOMENTS, WEIGHT, OlderCheckpoint, Part
 from megatron.convert.older.pickles import plain, read_pickled
@@ -145,6 +145,7 @@ def _whole_groups(
             f"{path}: its `optimizer` has no fp32_groups_flat: its form is not known; import the weights alone, with "
             "--weights-only"
         )
+    check_kinds(inner, path)
     for index, master in enumerate(masters):
         flat = {MASTER: master, **{kind: inner["state"][index][kind] for kind in MOMENTS if index in inner["state"]}}
         start = 0

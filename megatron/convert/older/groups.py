@@ -76,6 +76,24 @@ def check_master(weight: Tensor, master: Tensor, name: str, file: Path) -> None:
         )
 
 
+def check_kinds(state: Mapping[str, Any], file: Path) -> None:
+    """Check that an optimizer's `state_dict` is Adam's, whose moments are what is read.
+
+    Raises:
+        CheckpointError: it keeps other tensors.
+    """
+    kept = {kind: value for entry in state.get("state", {}).values() for kind, value in entry.items()}
+    others = [kind for kind, value in kept.items() if kind not in KNOWN_STATE and isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(
+            f"{file}: its optimizer keeps {others[0]} of each parameter, so it is not Adam: import the weights alone, "
+            "with --weights-only"
+        )
+
+
+KNOWN_STATE = frozenset({"exp_avg", "exp_avg_sq", "step"})
+
+
 def steps_of(state: Mapping[str, Any]) -> int | None:
     """Find Adam's count of steps in an optimizer's `state_dict`; None when it holds none."""
     entries = state.get("state", {})

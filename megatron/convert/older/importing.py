@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.whole import write_checkpoint
-from megatron.config.data import DataConfig
 from megatron.config.flags import flags_of, spell
 from megatron.config.model import ModelConfig
-from megatron.config.retired import rename_values
+from megatron.config.run import load_run_config
 from megatron.convert.older import arguments as older_arguments
 from megatron.convert.older.engine_files import is_engine_folder, is_staged, read_engine_files
 from megatron.convert.older.names import WORDS_AGAIN, name_of
@@ -108,12 +106,13 @@ def import_checkpoint(folder: Path, save: Path, options: ImportOptions) -> Impor
     joiner = Joiner(model, vocab_size, found.version, found.tensor_size, options.replicas)
     tensors = _Tensors(found, joiner, _shardings(model, vocab_size))
     samples = int(found.arguments.get("consumed_train_samples") or 0)
+    flags = _flags(model, vocab_size, found.arguments)
     counters = {"consumed_samples": samples, "consumed_tokens": samples * int(found.arguments.get("seq_length") or 0)}
     try:
         written = write_checkpoint(
             save,
             tensors.weights(),
-            config=_config(model, vocab_size, found.arguments),
+            config=_config(flags),
             iteration=found.iteration,
             paddings={name: sharding.padding for name, sharding in tensors.shardings.items() if sharding.padding},
             states=tensors.states(),
@@ -127,7 +126,7 @@ def import_checkpoint(folder: Path, save: Path, options: ImportOptions) -> Impor
         iteration=found.iteration,
         consumed_samples=samples,
         with_optimizer=bool(tensors.kinds),
-        flags=_flags(model, vocab_size, found.arguments, save, with_optimizer=bool(tensors.kinds)),
+        flags=(*flags, "--load", str(save), *([] if tensors.kinds else ["--no-load-optim"])),
         notes=tuple(found.notes),
     )
 
@@ -258,34 +257,19 @@ def _shardings(model: ModelConfig, vocab_size: int) -> dict[str, Sharding]:
 
 def _engine(found: OlderCheckpoint) -> dict[str, Any]:
     steps = found.iteration if found.optimizer_steps is None else found.optimizer_steps
-    return {"optimizer": {"type": "AdamW", "step": steps}, "loss_scaler": None}
+    return {"optimizer": {"type": "adam", "step": steps}, "loss_scaler": None}
 
 
-def _config(model: ModelConfig, vocab_size: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the sections of `config.json` together, as far as the older system's flags say them."""
-    data: dict[str, Any] = {"vocab_size": vocab_size}
-    kinds = next(flag for flag in flags_of("data", DataConfig) if flag.name == "tokenizer_type").info.choices
-    tokenizer = rename_values("tokenizer_type", arguments.get("tokenizer_type"))
-    if tokenizer in kinds:
-        data["tokenizer_type"] = tokenizer
-    if arguments.get("seq_length"):
-        data["seq_length"] = int(arguments["seq_length"])
-    optimizer = {name: float(arguments[name]) for name in OPTIMIZER if isinstance(arguments.get(name), int | float)}
-    return {
-        "model": dataclasses.asdict(model),
-        "data": data,
-        "optimizer": {"lr": 0.0, **optimizer},
-        "training": {"precision": _precision(arguments)},
-    }
+def _config(flags: Sequence[str]) -> dict[str, Any]:
+    """Give the sections of `config.json`: those of a run that is started with these flags."""
+    return load_run_config(flags).config.to_json()
 
 
 def _precision(arguments: Mapping[str, Any]) -> str:
     return next((name for name in ("bf16", "fp16") if arguments.get(name)), "fp32")
 
 
-def _flags(
-    model: ModelConfig, vocab_size: int, arguments: Mapping[str, Any], save: Path, *, with_optimizer: bool
-) -> tuple[str, ...]:
+def _flags(model: ModelConfig, vocab_size: int, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """Spell the flags of a run that goes on: those of the model that differ from the defaults, and those known."""
     defaults = ModelConfig(
         num_layers=model.num_layers, hidden_size=model.hidden_size, num_attention_heads=model.num_attention_heads
@@ -305,8 +289,7 @@ def _flags(
     for name, value in known.items():
         if isinstance(value, int | float):
             words += [spell(name), str(value)]
-    words += ["--vocab-size", str(vocab_size), "--precision", _precision(arguments), "--load", str(save)]
-    return (*words, *([] if with_optimizer else ["--no-load-optim"]))
+    return (*words, "--vocab-size", str(vocab_size), "--precision", _precision(arguments))
 
 
 def _is_stretched(model: ModelConfig) -> bool:

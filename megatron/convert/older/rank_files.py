@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.convert.older.groups import check_master, group_with_shapes, steps_of
+from megatron.convert.older.groups import check_kinds, check_master, group_with_shapes, steps_of
 from megatron.convert.older.names import flatten, place_of
 from megatron.convert.older.parts import MASTER, MOMENTS, WEIGHT, OlderCheckpoint, Part
 from megatron.convert.older.pickles import plain, read_pickled
@@ -163,6 +163,7 @@ def _add_optimizer(checkpoint: OlderCheckpoint, file: _RankFile, places: Mapping
             f"{file.path}: its `optimizer` has no param_groups: its form is not known; import the weights alone, with "
             "--weights-only"
         )
+    check_kinds(inner, file.path)
     weights = {name: weight for name, (_, weight) in places.items()}
     masters = saved.get("fp32_from_fp16_params", saved.get("fp32_from_fp16"))
     for name, state in _by_parameter(inner, masters, weights, file.path):

@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.convert.older.groups import group_with_size, steps_of
+from megatron.convert.older.groups import check_kinds, group_with_size, steps_of
 from megatron.convert.older.parts import MASTER, MOMENTS, Part
 from megatron.convert.older.pickles import Recorded, plain, read_pickled
 
@@ -127,6 +127,7 @@ def parameter_parts(
     Raises:
         CheckpointError: they do not fit together.
     """
+    check_kinds(partitions[0].optimizer, partitions[0].path)
     gather = _shares_of_stage_3 if partitions[0].stage == 3 else _ranges_of_stage_2
     for kind in (MASTER, *MOMENTS):
         ranges = [partition.ranges(kind) for partition in partitions]

@@ -75,7 +75,7 @@ def make_original(config: ModelConfig, seed: int = 1) -> Original:
     with torch.no_grad():
         for name, param in model.named_parameters():
             param.add_(torch.randn(param.shape, generator=generator), alpha=0.01)
-            moments = {kind: torch.randn(param.shape, generator=generator) for kind in KINDS[1:]}
+            moments = {kind: torch.rand(param.shape, generator=generator) for kind in KINDS[1:]}
             for kind, tensor in {"weight": param, **moments}.items():
                 if shardings[name].padding:
                     tensor[VOCABULARY:] = 0

@@ -221,6 +221,22 @@ def test_copies_of_a_tied_embedding_that_differ_are_noted(tmp_path):
     assert "different copies of the tied embedding" in note
 
 
+@pytest.mark.parametrize("write", [write_megatron_lm, write_flat_engine, write_staged_engine])
+def test_an_optimizer_other_than_adam_is_refused(tmp_path, write):
+    stage = (1,) if write is write_flat_engine else ()
+    folder = write(make_original(GPT_2), tmp_path / "old", Layout(), *stage)
+    (file,) = [*folder.glob("*/*_optim_states.pt"), *folder.glob("*/*/model_optim_rng.pt")]
+
+    def keep_momentum(content):
+        state = content["optimizer"]["optimizer"] if "optimizer" in content else content["optimizer_state_dict"]
+        for entry in state.get("base_optimizer_state", state)["state"].values():
+            entry["momentum_buffer"] = entry.pop("exp_avg")
+
+    edit(file, keep_momentum)
+    with pytest.raises(CheckpointError, match=r"keeps momentum_buffer.*--weights-only"):
+        import_checkpoint(folder, tmp_path / "new", ImportOptions())
+
+
 def test_moments_of_a_part_of_the_parameters_are_refused(tmp_path):
     folder = write_megatron_lm(make_original(GPT_2), tmp_path / "old", Layout(dtype=torch.float32))
     file = folder / "iter_0000100" / "mp_rank_00" / "model_optim_rng.pt"
