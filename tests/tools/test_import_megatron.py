@@ -4,7 +4,8 @@ import shlex
 
 from megatron.checkpoint.fragments import open_tensors
 from megatron.config.run import load_run_config
-from tests.convert.older.older_writer import Layout, make_original, write_flat_engine, write_megatron_lm
+from tests.convert.older.engine_writer import write_flat_engine
+from tests.convert.older.older_writer import Layout, make_original, write_megatron_lm
 from tests.convert.older.test_importing import GPT_2
 from tools.convert_checkpoint.import_megatron import main
 

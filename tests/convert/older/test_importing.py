@@ -11,6 +11,7 @@ from megatron.convert.older.importing import ImportOptions, import_checkpoint
 from megatron.kernels.attention.unfused import BACKEND
 from megatron.model.gpt import GPT
 from megatron.parallel.groups import ParallelGroups
+from tests.convert.older.engine_writer import write_flat_engine, write_staged_engine
 from tests.convert.older.older_writer import (
     CLASSIC,
     CORE,
@@ -22,9 +23,7 @@ from tests.convert.older.older_writer import (
     Layout,
     logits_of,
     make_original,
-    write_flat_engine,
     write_megatron_lm,
-    write_staged_engine,
 )
 
 NOTHING = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "make_vocab_size_divisible_by": 8}

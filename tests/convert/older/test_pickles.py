@@ -15,7 +15,8 @@ import torch
 from megatron.checkpoint.errors import CheckpointError
 from megatron.convert.older.importing import ImportOptions, import_checkpoint
 from megatron.convert.older.pickles import plain, read_pickled
-from tests.convert.older.older_writer import Layout, make_original, write_flat_engine, write_megatron_lm
+from tests.convert.older.engine_writer import write_flat_engine
+from tests.convert.older.older_writer import Layout, make_original, write_megatron_lm
 from tests.convert.older.test_importing import GPT_2
 
 

@@ -11,15 +11,8 @@ from megatron.checkpoint.fragments import open_tensors
 from megatron.config.errors import ConfigError
 from megatron.convert.older.arguments import model_config
 from megatron.convert.older.importing import ImportOptions, find_checkpoint, import_checkpoint
-from tests.convert.older.older_writer import (
-    VOCABULARY,
-    Layout,
-    make_original,
-    older_arguments,
-    write_flat_engine,
-    write_megatron_lm,
-    write_staged_engine,
-)
+from tests.convert.older.engine_writer import write_flat_engine, write_staged_engine
+from tests.convert.older.older_writer import VOCABULARY, Layout, make_original, older_arguments, write_megatron_lm
 from tests.convert.older.test_importing import GPT_2, LLAMA, assert_same
 
 
