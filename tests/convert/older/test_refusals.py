@@ -132,6 +132,24 @@ def test_the_distributed_optimizer_is_refused_and_its_weights_are_taken_when_ask
     assert not import_checkpoint(folder, tmp_path / "new", ImportOptions(weights_only=True)).with_optimizer
 
 
+def test_flat_groups_of_a_pipeline_are_refused_and_its_weights_are_taken_when_asked(tmp_path):
+    folder = write_staged_engine(make_original(GPT_2), tmp_path / "old", Layout(pipeline=2))
+    for partition in folder.glob("*/*_optim_states.pt"):
+        partition.unlink()
+    groups = {"fp32_groups_flat": [torch.ones(100)], "optimizer_state_dict": {"state": {}, "param_groups": []}}
+    edit(folder / "global_step100" / "mp_rank_00_model_states.pt", lambda content: content.update(optimizer=groups))
+    with pytest.raises(CheckpointError, match=r"a group of 100 entries.*--weights-only"):
+        import_checkpoint(folder, tmp_path / "new", ImportOptions())
+    assert not import_checkpoint(folder, tmp_path / "new", ImportOptions(weights_only=True)).with_optimizer
+
+
+def test_all_partitions_of_a_stage_are_missed(tmp_path):
+    folder = write_staged_engine(make_original(GPT_2), tmp_path / "old", Layout(pipeline=2))
+    (folder / "global_step100" / "bf16_zero_pp_rank_0_mp_rank_01_optim_states.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks exp_avg of 4\.attention_norm\.weight"):
+        import_checkpoint(folder, tmp_path / "new", ImportOptions())
+
+
 def differing_norms(tmp_path):
     folder = write_megatron_lm(make_original(GPT_2), tmp_path / "old", Layout(tensor=2, optimizer=False))
     file = folder / "iter_0000100" / "mp_rank_01" / "model_optim_rng.pt"
