@@ -22,8 +22,8 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -92,39 +92,44 @@ def run_on_ranks(
     Raises:
         RankError: a rank raised, died or ran out of time.
     """
-    call = pickle.dumps((function, args))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        connections: list[Any] = []
-        processes: list[Any] = []
-        port = _free_port()
-        try:
-            for rank in range(world_size):
-                setup = RankSetup(
-                    rank=rank,
-                    world_size=world_size,
-                    backend=backend,
-                    initialize=initialize,
-                    deepspeed=deepspeed,
-                    timeout=timeout,
-                    folder=Path(folder),
-                    port=port,
-                    call=call,
-                )
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_be_a_rank, args=(setup, theirs), daemon=True)
-                process.start()
-                theirs.close()  # the rank holds the only copy now: its death reads as end of file
-                connections.append(ours)
-                processes.append(process)
+        first = RankSetup(
+            rank=0,
+            world_size=world_size,
+            backend=backend,
+            initialize=initialize,
+            deepspeed=deepspeed,
+            timeout=timeout,
+            folder=Path(folder),
+            port=_free_port(),
+            call=pickle.dumps((function, args)),
+        )
+        with _started(first) as (connections, processes):
             return _collect(connections, processes, deadline)
-        finally:
-            for process in processes:
-                process.kill()
-            for process in processes:
-                process.join()
+
+
+@contextlib.contextmanager
+def _started(first: RankSetup) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Start all ranks, of which `first` is told here, and end them; gives their connections and processes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    connections: list[Any] = []
+    processes: list[Any] = []
+    try:
+        for rank in range(first.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_be_a_rank, args=(replace(first, rank=rank), theirs), daemon=True)
+            process.start()
+            theirs.close()  # the rank holds the only copy now: its death reads as end of file
+            connections.append(ours)
+            processes.append(process)
+        yield connections, processes
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
 
 
 def _collect(connections: Sequence[Any], processes: Sequence[Any], deadline: float) -> list[Any]:

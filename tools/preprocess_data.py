@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Turns text into token files: JSON lines, text and Parquet into a .bin/.idx pair for each key.
+r"""Turns text into token files: JSON lines, text and Parquet into a .bin/.idx pair for each key.
 
     python tools/preprocess_data.py --input corpus.jsonl.gz --output-prefix data/corpus --append-eod --workers 8 \
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model

@@ -73,10 +73,10 @@ def build_slowly(folder, builds, answers, number):
     answers.put(cache.load_or_build(DESCRIPTION, ["numbers"], build)["numbers"].tolist())
 
 
-def test_of_several_processes_one_builds_and_the_others_wait(tmp_path):
+def check_that_one_of_several_processes_builds(folder):
     context = multiprocessing.get_context("fork")
     builds, answers = context.Queue(), context.Queue()
-    processes = [context.Process(target=build_slowly, args=(tmp_path, builds, answers, i)) for i in range(6)]
+    processes = [context.Process(target=build_slowly, args=(folder, builds, answers, i)) for i in range(6)]
     for process in processes:
         process.start()
     assert [answers.get(timeout=20) for _ in processes] == [list(range(7))] * 6
@@ -84,7 +84,11 @@ def test_of_several_processes_one_builds_and_the_others_wait(tmp_path):
         process.join()
     builds.get(timeout=5)
     assert builds.empty()
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(folder.iterdir())) == 1  # the entry: no lock is left
+
+
+def test_of_several_processes_one_builds_and_the_others_wait(tmp_path):
+    check_that_one_of_several_processes_builds(tmp_path)
 
 
 def test_the_lock_of_a_dead_process_is_taken_over_with_a_sentence(tmp_path):
@@ -108,8 +112,10 @@ def test_an_old_lock_of_another_machine_is_taken_over(tmp_path):
 
 
 def test_many_processes_take_a_dead_lock_over_and_one_builds(tmp_path):
-    hold(lock_of(tmp_path), pid=dead_process())
-    test_of_several_processes_one_builds_and_the_others_wait(tmp_path)
+    lock = lock_of(tmp_path)
+    hold(lock, pid=dead_process())
+    check_that_one_of_several_processes_builds(tmp_path)
+    assert not lock.exists()
 
 
 def test_the_time_out_says_who_waits_for_what_held_by_whom_since_when(tmp_path):

@@ -129,7 +129,8 @@ def test_a_causal_mask_made_while_generating_serves_a_backward():
     lengths = (4, 17)  # no other test's
     with torch.inference_mode():
         REFERENCE.attend(*heads(*lengths, 4, 4), scale=1.0, causal=True, dropout=0.0)
-    run(REFERENCE, heads(*lengths, 4, 4))
+    tensors = heads(*lengths, 4, 4)
+    torch.testing.assert_close(run(REFERENCE, tensors), run(BACKENDS["sdpa"], tensors))
 
 
 REQUEST = AttentionRequest(head_size=64, dtype=torch.float32, device_type="cpu", dropout=0.1, gqa=True)

@@ -1,0 +1,1 @@
+"""Checkpoints of Megatron-LM and Megatron-DeepSpeed, read without running anything that they hold."""
