@@ -13,10 +13,16 @@ from megatron.config.reporting import ReportingConfig
 
 def saving_needs_a_place(checkpoint: CheckpointConfig) -> Iterator[str]:
     """What says when and how much to save needs a folder to save to."""
-    for name in ("save_interval", "keep_last"):
+    for name in ("save_interval", "keep_last", "keep_every", "async_save"):
         value = getattr(checkpoint, name)
         if value and checkpoint.save is None:
-            yield f"{spell(name)} {value} has no effect without --save."
+            yield f"{spell(name)}{'' if value is True else f' {value}'} has no effect without --save."
+
+
+def keeping_for_ever_needs_a_limit(checkpoint: CheckpointConfig) -> Iterator[str]:
+    """Steps are kept for ever only where others are not."""
+    if checkpoint.keep_every and not checkpoint.keep_last:
+        yield f"--keep-every {checkpoint.keep_every} has no effect without --keep-last, which 0 keeps all."
 
 
 def loading_needs_a_place(checkpoint: CheckpointConfig) -> Iterator[str]:

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 
 from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.find import find_checkpoint, read_checkpoint, refuse_foreign
+from megatron.checkpoint.store import CheckpointStore
+from megatron.checkpoint.streams import read_streams
 from megatron.config.deepspeed_json import read_deepspeed_json
 from megatron.config.sections import RunConfig
 from megatron.data.tokenizer.build import build_tokenizer
@@ -31,13 +34,7 @@ from megatron.model.init import draw_parameters, initialize_parameters
 from megatron.parallel.groups import ParallelGroups
 from megatron.parallel.sharding import describe_sharding
 from megatron.training.batch_size import BatchSize
-from megatron.training.checkpoint import (
-    CheckpointWriter,
-    find_checkpoint,
-    read_checkpoint,
-    read_streams,
-    refuse_foreign,
-)
+from megatron.training.checkpoint import CheckpointWriter
 from megatron.training.inputs import Inputs, open_inputs
 from megatron.training.metrics import SpeedModel, peak_tflops
 from megatron.training.param_groups import build_param_groups
@@ -95,6 +92,9 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         if resume is not None:
             _restore(resume, engine, place, with_streams=not config.checkpoint.no_load_rng)
         reporter.start({"world_size": place.groups.world.size, **state.to_json()})
+        checkpoints = _build_checkpoints(config, place)
+        if checkpoints is not None:
+            resources.callback(checkpoints.close)
         signals = SignalFlag(enabled=config.training.exit_signal_handler)
         return Trainer(
             plan,
@@ -105,7 +105,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
             rules=StopRules(config.training, place.control, signals, started=started),
             signals=signals,
             reporter=reporter,
-            checkpoints=_build_checkpoints(config, place),
+            checkpoints=checkpoints,
             params_norm=partial(params_norm, engine.module, place.groups, place.control)
             if config.reporting.log_params_norm
             else None,
@@ -254,7 +254,7 @@ def _find_resume(config: RunConfig, place: Place, say: Callable[[str], None]) ->
     if path is None:
         return None
     saved = read_checkpoint(path)
-    check_layout(saved.state, place.layout)
+    check_layout(saved.state["layout"], place.layout)
     changes = check_fits(saved.config, json.loads(json.dumps(config.to_json())))
     state = TrainState.from_json(saved.state["counters"])
     say(f" resuming {path}: iteration {state.iteration}, {state.consumed_samples} samples")
@@ -325,14 +325,17 @@ def _settings(config: RunConfig, place: Place) -> dict[str, Any]:
 def _build_checkpoints(config: RunConfig, place: Place) -> CheckpointWriter | None:
     if config.checkpoint.save is None:
         return None
-    return CheckpointWriter(
+    checkpoint = config.checkpoint
+    store = CheckpointStore(
         Path(config.checkpoint.save),
         config=config.to_json(),
-        layout=place.layout,
-        control=place.control,
-        streams=place.streams,
-        keep_last=config.checkpoint.keep_last,
+        ranks=place.control,
+        keep_last=checkpoint.keep_last,
+        keep_every=checkpoint.keep_every,
+        background=checkpoint.async_save,
+        time_limit=60.0 * config.parallel.distributed_timeout_minutes,
     )
+    return CheckpointWriter(store, layout=place.layout, streams=place.streams)
 
 
 def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, choices: Sequence[str | None]) -> Iterator[str]:
