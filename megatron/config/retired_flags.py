@@ -260,7 +260,6 @@ _REFUSED = (
     ),
     _refused("give the saved flags with --config instead", "use-checkpoint-args"),
     _refused("universal checkpoints: " + _NOT_YET + "resume with the layout that saved", "universal-checkpoint"),
-    _refused("asynchronous saving: " + _NOT_YET + "raise --save-interval", "async-save"),
     _refused(
         "statistics of optimizer state: " + _NOT_YET + "the gradient norm is always reported",
         """

@@ -16,6 +16,7 @@ import torch
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.find import find_checkpoint, read_checkpoint, refuse_foreign
+from megatron.checkpoint.fragments import open_tensors
 from megatron.checkpoint.store import CheckpointStore
 from megatron.checkpoint.streams import read_streams
 from megatron.config.deepspeed_json import read_deepspeed_json
@@ -43,7 +44,7 @@ from megatron.training.pipeline import balance_stages, describe_pipeline
 from megatron.training.place import Place, join_ranks
 from megatron.training.recompute import Recompute, build_recompute, unit_shape
 from megatron.training.report import Reporter, build_reporter
-from megatron.training.resume import check_fits, check_layout
+from megatron.training.resume import check_fits
 from megatron.training.schedule import build_learning_rate, build_weight_decay, training_length
 from megatron.training.state import TrainState
 from megatron.training.stop import SignalFlag, StopRules
@@ -58,6 +59,8 @@ class Resume:
 
     path: Path
     state: TrainState
+    engine: dict[str, Any]
+    same_layout: bool
 
 
 def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
@@ -254,18 +257,18 @@ def _find_resume(config: RunConfig, place: Place, say: Callable[[str], None]) ->
     if path is None:
         return None
     saved = read_checkpoint(path)
-    check_layout(saved.state["layout"], place.layout)
     changes = check_fits(saved.config, json.loads(json.dumps(config.to_json())))
     state = TrainState.from_json(saved.state["counters"])
     say(f" resuming {path}: iteration {state.iteration}, {state.consumed_samples} samples")
     if changes:
         say(f" changed since that checkpoint: {', '.join(changes)}")
-    return Resume(path=path, state=state)
+    same_layout = all(saved.state["layout"].get(name, 1) == size for name, size in place.layout.items())
+    return Resume(path=path, state=state, engine=saved.state["engine"], same_layout=same_layout)
 
 
 def _restore(resume: Resume, engine: Engine, place: Place, *, with_streams: bool) -> None:
-    engine.load(resume.path)
-    if with_streams:
+    engine.load(open_tensors(resume.path), resume.engine)
+    if with_streams and resume.same_layout:
         place.streams.load_state_dict(read_streams(resume.path, place.control.rank))
 
 
