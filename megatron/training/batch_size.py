@@ -34,17 +34,17 @@ class BatchSize:
             return self.final
         return self.start + int(consumed_samples / (self.ramp_samples / increments)) * self.increment
 
-    def samples_of(self, iterations: int) -> int:
-        """Count the samples that the first `iterations` steps consume."""
-        samples = done = 0
+    def samples_of(self, iterations: int, consumed: int = 0) -> int:
+        """Count the samples that the next `iterations` steps consume, after `consumed` ones."""
+        samples, done = consumed, 0
         while done < iterations and self.at(samples) < self.final:
             samples += self.at(samples)
             done += 1
-        return samples + (iterations - done) * self.final
+        return samples - consumed + (iterations - done) * self.final
 
-    def iterations_of(self, samples: int) -> int:
-        """Count the steps until at least `samples` are consumed."""
-        consumed = done = 0
+    def iterations_of(self, samples: int, consumed: int = 0) -> int:
+        """Count the steps until at least `samples` are consumed, after `consumed` ones."""
+        done = 0
         while consumed < samples and self.at(consumed) < self.final:
             consumed += self.at(consumed)
             done += 1

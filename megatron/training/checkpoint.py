@@ -79,6 +79,7 @@ class CheckpointWriter:
         control: Control,
         streams: Streams,
         keep_last: int = 0,
+        more: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self._root = root
         self._config = config
@@ -86,6 +87,7 @@ class CheckpointWriter:
         self._control = control
         self._streams = streams
         self._keep_last = keep_last
+        self._more = more
 
     def save(self, engine: Saves, state: TrainState) -> Path:
         """Write a checkpoint, point `latest` to it, then remove the oldest; returns its folder.
@@ -107,7 +109,7 @@ class CheckpointWriter:
         return target
 
     def _save(self, engine: Saves, state: TrainState, target: Path) -> None:
-        control = self._control
+        control, more = self._control, self._more()
         staging = self._root / f".{target.name}.staging"
         if control.is_first:
             self._root.mkdir(parents=True, exist_ok=True)
@@ -120,7 +122,7 @@ class CheckpointWriter:
             torch.save(self._streams.state_dict(), file)
             _sync(file)
         if control.is_first:
-            write_json(staging / STATE, {"counters": state.to_json(), **self._layout})
+            write_json(staging / STATE, {"counters": state.to_json(), "layout": dict(self._layout), **more})
             write_json(staging / CONFIG, self._config)
         control.barrier()
         files = _shared_digests(staging, sorted(_files(staging)), control)
