@@ -134,7 +134,7 @@ def slice_of(logical: Tensor, sharding: Sharding, rank: int | None = None) -> Te
     if sharding.dim is None or sharding.num_shards == 1:
         return logical
     rank = sharding.rank if rank is None else rank
-    parts = [logical.narrow(sharding.dim, start, length) for start, length in _pieces(sharding, sharding.dim, rank)]
+    parts = [logical.narrow(sharding.dim, start, length) for start, length in pieces_of(sharding, sharding.dim, rank)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=sharding.dim)
 
 
@@ -145,13 +145,13 @@ def join_shards(shards: Sequence[Tensor], sharding: Sharding) -> Tensor:
     logical = shards[0].new_empty(sharding.logical_shape)
     for rank, shard in enumerate(shards):
         taken = 0
-        for start, length in _pieces(sharding, sharding.dim, rank):
+        for start, length in pieces_of(sharding, sharding.dim, rank):
             logical.narrow(sharding.dim, start, length).copy_(shard.narrow(sharding.dim, taken, length))
             taken += length
     return logical
 
 
-def _pieces(sharding: Sharding, dim: int, rank: int) -> Iterator[tuple[int, int]]:
+def pieces_of(sharding: Sharding, dim: int, rank: int) -> Iterator[tuple[int, int]]:
     """Start and length along `dim` of each piece of the logical tensor that `rank` holds, in the order it holds them.
 
     Raises:

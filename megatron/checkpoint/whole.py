@@ -1,0 +1,131 @@
+"""A complete checkpoint from logical tensors, written by one process that never holds more than a file of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.files import Digest, sync_folder, write_json, write_tensors
+from megatron.checkpoint.fragments import (
+    LARGEST_FILE,
+    TENSORS,
+    WEIGHT,
+    Fragment,
+    describe_tensors,
+    fragment_key,
+    fragment_record,
+    tensors_file,
+)
+from megatron.parallel.sharding import Sharding
+
+COUNTERS = (
+    "iteration",
+    "consumed_samples",
+    "consumed_tokens",
+    "skipped_steps",
+    "nonfinite_steps",
+    "nonfinite_streak",
+)
+"""What a run counts; those that an import does not know are 0."""
+
+
+def write_checkpoint(
+    root: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    config: Mapping[str, Any],
+    iteration: int,
+    paddings: Mapping[str, int] | None = None,
+    states: Iterable[tuple[str, str, Tensor]] = (),
+    counters: Mapping[str, int] | None = None,
+    engine: Mapping[str, Any] | None = None,
+    largest_file: int = LARGEST_FILE,
+) -> Path:
+    """Write a checkpoint that any layout can load, and point `latest` to it.
+
+    Args:
+        root: the folder for `--load`; made where it is missing.
+        tensors: name and logical tensor of every weight, vocabulary padding included; taken one after the other.
+        config: for `config.json`: at least the section `model`, as a run has it.
+        iteration: of the checkpoint.
+        paddings: of those tensors that have one: how many rows at their end hold nothing.
+        states: name, kind and logical tensor of each state of the optimizer; without any, a run loads the weights
+            only.
+        counters: what else the run has counted, such as `consumed_samples`.
+        engine: what the engine keeps beside tensors, such as the optimizer's step.
+        largest_file: bytes of tensors after which a file is full.
+
+    Returns:
+        the checkpoint's folder.
+
+    Raises:
+        CheckpointError: the folder holds that iteration already, a name comes twice, or a counter is unknown.
+        OSError: it cannot be written; `latest` is as it was.
+    """
+    name = f"step_{iteration:07d}"
+    target, staging = root / name, root / f".{name}.staging"
+    if target.exists():
+        raise CheckpointError(f"{target} is there already: give another folder, or remove it first")
+    counted = {**dict.fromkeys(COUNTERS, 0), **(counters or {}), "iteration": iteration}
+    if unknown := sorted(set(counted) - set(COUNTERS)):
+        raise CheckpointError(f"a run does not count {', '.join(unknown)}, only {', '.join(COUNTERS)}")
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    kinds = chain(((name, WEIGHT, tensor) for name, tensor in tensors), states)
+    records, files = _write_tensors(staging, kinds, paddings or {}, largest_file)
+    files[TENSORS] = write_json(staging / TENSORS, describe_tensors(records))
+    files["state.json"] = write_json(staging / "state.json", {"counters": counted, "engine": dict(engine or {})})
+    files["config.json"] = write_json(staging / "config.json", config)
+    _commit(root, staging, target, files)
+    return target
+
+
+def _write_tensors(
+    folder: Path, tensors: Iterable[tuple[str, str, Tensor]], paddings: Mapping[str, int], largest_file: int
+) -> tuple[list[dict[str, Any]], dict[str, Digest]]:
+    records: list[dict[str, Any]] = []
+    files: dict[str, Digest] = {}
+    for index, share in enumerate(_shares(tensors, paddings, largest_file)):
+        file = tensors_file(0, index)
+        files[file] = write_tensors(folder / file, {fragment_key(item): item.tensor for item in share})
+        records += [fragment_record(item, file) for item in share]
+    return records, files
+
+
+def _shares(
+    tensors: Iterable[tuple[str, str, Tensor]], paddings: Mapping[str, int], largest_file: int
+) -> Iterator[list[Fragment]]:
+    share: list[Fragment] = []
+    filled, dtype = 0, None
+    for name, kind, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if share and (filled + size > largest_file or tensor.dtype != dtype):  # one dtype a file keeps it aligned
+            yield share
+            share, filled = [], 0
+        padding = paddings.get(name, 0)
+        sharding = Sharding(logical_shape=tuple(tensor.shape), dim=0 if padding else None, padding=padding)
+        share.append(Fragment(name, kind, sharding, 0, tensor.detach().contiguous().flatten()))
+        filled, dtype = filled + size, tensor.dtype
+        del tensor  # nothing but the share holds it while the next one is made
+    if share:
+        yield share
+
+
+def _commit(root: Path, staging: Path, target: Path, files: Mapping[str, Digest]) -> None:
+    """Mark the folder complete, give it its name and point to it, each synced before the next."""
+    manifest = {name: {"bytes": digest.bytes, "sha256": digest.sha256} for name, digest in files.items()}
+    write_json(staging / "manifest.json", {"version": 1, "files": manifest})
+    sync_folder(staging)
+    staging.rename(target)
+    sync_folder(root)
+    pointer = root / ".latest.new"
+    pointer.write_text(f"{target.name}\n", encoding="utf-8")
+    pointer.replace(root / "latest")
+    sync_folder(root)
