@@ -44,13 +44,11 @@ class RandomStreams:
             iteration: optimizer steps that were done before: a run that starts new streams in its middle does not draw
                 again what it drew at its beginning.
         """
-        place = groups.pipeline.rank * groups.data.size + groups.data.rank
-        place = place * groups.ulysses.size + groups.ulysses.rank
         # Seeds of one run are neighbours, so no two are equal, and far from those of a run with a neighbouring seed.
         start = _draw_seed(torch.Generator().manual_seed(seed))
         if iteration:
             start = _draw_seed(torch.Generator().manual_seed(start + iteration))
-        start += place
+        start += stream_number(groups)
         torch.manual_seed(start)  # the CPU and every device
         np.random.seed(start % 2**32)
         random.seed(start)
@@ -86,6 +84,12 @@ class RandomStreams:
         key = numpy["key"].cpu().numpy().astype(np.uint32)
         np.random.set_state(("MT19937", key, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
         random.setstate((python["version"], tuple(python["key"].tolist()), python["gauss"]))
+
+
+def stream_number(groups: ParallelGroups) -> int:
+    """Number the places that draw apart, from 0: those of the mesh, where a tensor group is one place."""
+    place = groups.pipeline.rank * groups.data.size + groups.data.rank
+    return place * groups.ulysses.size + groups.ulysses.rank
 
 
 def seed_everything(seed: int, groups: ParallelGroups, device: torch.device) -> RandomStreams:

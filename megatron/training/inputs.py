@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 from megatron.config.data import DataConfig
 from megatron.data.batch import Batch, BatchOptions
@@ -20,6 +22,23 @@ from megatron.training.sample_order import Continued, SampleOrder, open_in_order
 from megatron.training.trainer import Plan
 
 
+class Lookahead(Iterator[Batch]):
+    """Micro-batches of which the next can be looked at before they are taken."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self._seen: deque[Batch] = deque()
+
+    def __next__(self) -> Batch:
+        """Take the next one."""
+        return self._seen.popleft() if self._seen else next(self._batches)
+
+    def peek(self, count: int) -> list[Batch]:
+        """Look at the next ones."""
+        self._seen.extend(islice(self._batches, max(count - len(self._seen), 0)))
+        return list(islice(self._seen, count))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
     """The datasets of a run, open."""
@@ -32,9 +51,9 @@ class Inputs:
     data: Group
     """The ranks that share the samples."""
 
-    def training(self, consumed_samples: int) -> Iterator[Batch]:
+    def training(self, consumed_samples: int) -> Lookahead:
         """Give this rank's micro-batches after the first `consumed_samples` of all ranks."""
-        return self._batches(self.datasets.train, consumed_samples - self.order.start, self.num_workers)
+        return Lookahead(self._batches(self.datasets.train, consumed_samples - self.order.start, self.num_workers))
 
     def held_out(self) -> dict[str, Callable[[], Iterator[Batch]]]:
         """Give, for each set that there is, what starts its micro-batches from the beginning."""

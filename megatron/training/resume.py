@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from megatron.checkpoint.streams import has_streams, read_streams
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.data.tokenizer_check import TokenizerLike
 from megatron.engine.interface import Engine
+from megatron.parallel.random import stream_number
 from megatron.training.differences import Difference, Kind, find_differences, listed
 from megatron.training.place import Place
 from megatron.training.sample_order import Continued, SampleOrder
@@ -68,7 +69,7 @@ class Resume:
         """Say what of the samples continues."""
         if not self.takes_progress:
             return None
-        order = self.training.get("order")
+        order = self.run.get("order")
         return Continued(
             order=None if order is None else SampleOrder.from_json(order),
             consumed=self.state.consumed_samples,
@@ -106,17 +107,12 @@ def find_resume(
     weights_only = checkpoint.finetune
     with_optimizer = trains and not weights_only and not checkpoint.no_load_optim
     differences = find_differences(found.config, _as_json(sections), weights_only=weights_only or not trains)
-    saved_layout = found.state.get("layout", {})
     resume = Resume(
         path=path,
         saved=found.state,
         state=TrainState() if weights_only else TrainState.from_json(found.state["counters"]),
         differences=tuple(differences),
-        layout=tuple(
-            f"{name.replace('_', '-')} {saved_layout[name]} -> {size}"
-            for name, size in place.layout.items()
-            if name in saved_layout and saved_layout[name] != size and f"--{name.replace('_', '-')}" not in _flags(differences)
-        ),
+        layout=tuple(_moved(found.state.get("layout", {}), place.layout, {one.name for one in differences})),
         takes_optimizer=with_optimizer,
         takes_streams=trains and not weights_only and not checkpoint.no_load_rng,
         takes_progress=not weights_only,
@@ -134,7 +130,7 @@ def continue_schedule(schedule: Schedule, resume: Resume | None, checkpoint: Che
     Raises:
         CheckpointError: they differ, and the flags do not say which holds.
     """
-    said = None if resume is None or not resume.takes_progress else resume.training.get("schedule")
+    said = None if resume is None or not resume.takes_progress else resume.run.get("schedule")
     if said is None:
         if resume is not None and checkpoint.use_checkpoint_opt_param_scheduler:
             raise CheckpointError(
@@ -190,7 +186,7 @@ def _streams_of(resume: Resume, place: Place) -> Mapping[str, Any] | str:
     other = [name.replace("_", "-") for name in PLACES if saved.get(name, 1) != place.layout[name]]
     if other:
         return f"the checkpoint's are those of another {' and '.join(other)}"
-    rank = place.stream_number * int(saved.get("tensor_model_parallel_size", 1))
+    rank = stream_number(place.groups) * int(saved.get("tensor_model_parallel_size", 1))
     if not has_streams(resume.path, rank):
         return "the checkpoint holds none"
     streams = read_streams(resume.path, rank)
@@ -208,8 +204,21 @@ def _find(checkpoint: CheckpointConfig, place: Place, say: Say) -> Path | None:
                 "from scratch when there is none"
             )
     if checkpoint.save is not None:
-        refuse_foreign(Path(checkpoint.save), None if checkpoint.finetune else path, place.control)
+        _refuse_foreign(checkpoint, checkpoint.save, path, place)
     return path
+
+
+def _refuse_foreign(checkpoint: CheckpointConfig, save: str, path: Path | None, place: Place) -> None:
+    if not checkpoint.finetune:
+        refuse_foreign(Path(save), path, place.control)
+        return
+    try:
+        refuse_foreign(Path(save), None, place.control)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"--finetune starts a new run, and --save {save} holds checkpoints already: give it a folder of its own, "
+            f"or continue the run of that one with --load {save} and without --finetune"
+        ) from error
 
 
 def _require_same_model(resume: Resume, tokenizer: TokenizerLike) -> None:
@@ -239,7 +248,7 @@ def _tell(resume: Resume, say: Say) -> None:
     else:
         state = resume.state
         say(f" resuming {resume.path}: iteration {state.iteration}, {state.consumed_samples} samples")
-    if moved := [*resume.layout, *resume.changed(Kind.LAYOUT)]:
+    if resume.takes_progress and (moved := [*resume.layout, *resume.changed(Kind.LAYOUT)]):
         say(f" the same training in another layout, equal within rounding: {listed(moved)}")
     if changes := resume.changed(Kind.NOTED, Kind.OPTIMIZER):
         say(f" changed since that checkpoint: {listed(changes)}")
@@ -251,5 +260,7 @@ def _as_json(sections: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _flags(differences: list[Difference]) -> set[str]:
-    return {f"--{difference.name.replace('_', '-')}" for difference in differences}
+def _moved(saved: Mapping[str, int], layout: Mapping[str, int], told: set[str]) -> Iterator[str]:
+    for name, size in layout.items():
+        if name not in told and saved.get(name, size) != size:
+            yield f"{name.replace('_', '-')} {saved[name]} -> {size}"

@@ -76,6 +76,7 @@ class Trainer:
         reporter: whom to tell.
         checkpoints: what saves; None saves nothing.
         params_norm: measures the weights for each report; None leaves it out.
+        watch: told iteration, loss and gradient norm of each step, one step late; None tells nobody.
         resources: closed when the run ends, whichever way.
     """
 
@@ -92,6 +93,7 @@ class Trainer:
         reporter: Reporter,
         checkpoints: Checkpoints | None,
         params_norm: Callable[[], float] | None,
+        watch: Callable[[int, float, float], None] | None,
         resources: ExitStack,
     ) -> None:
         self.plan = plan
@@ -104,9 +106,10 @@ class Trainer:
         self._reporter = reporter
         self._checkpoints = checkpoints
         self._params_norm = params_norm
+        self._watch = watch
         self._resources = resources
         self._timers = Timers()
-        self._interval = Interval(plan.lowest_loss_scale)
+        self._interval = Interval(plan.lowest_loss_scale, watch)
         self._first_iteration = self._saved_at = state.iteration
         self._evaluated_at = -1
 
@@ -159,7 +162,7 @@ class Trainer:
                 "timers_ms": {name: 1e3 * spent / interval.steps for name, spent in timers.items()},
             }
         )
-        self._interval = Interval(self.plan.lowest_loss_scale)
+        self._interval = Interval(self.plan.lowest_loss_scale, self._watch)
 
     def _seconds_left(self, seconds_per_sample: float) -> float | None:
         total = self.plan.total_samples
