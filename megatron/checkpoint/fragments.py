@@ -20,15 +20,13 @@ from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.files import DTYPES, Digest, read_json, write_tensors
+from megatron.checkpoint.names import TENSORS
 from megatron.checkpoint.ranges import is_whole, normalized, overlaps, rectangles, shard_numel
 from megatron.checkpoint.table import VERSION, StoredFragment, StoredTensor, check_tiling, parse_tensors
 from megatron.parallel.sharding import Sharding
 
 WEIGHT = "weight"
 """The kind of the weights; every other one is the optimizer's."""
-
-TENSORS = "tensors.json"
-"""File that says which fragments a checkpoint has."""
 
 LARGEST_FILE = 2 * 2**30
 SMALLEST_FILE = 64 * 2**20
