@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from megatron.training.state import TrainState, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,3 +52,26 @@ class BatchSize:
             consumed += self.at(consumed)
             done += 1
         return done - (consumed - samples) // self.final if consumed < samples else done
+
+
+def steps_left(limits: Mapping[Unit, int], batch_size: BatchSize, seq_length: int, state: TrainState) -> int | None:
+    """Count the steps from `state` to the first of the limits; None without any.
+
+    Args:
+        limits: of the whole training, by unit.
+        batch_size: of each step.
+        seq_length: tokens of a sample, from here on.
+        state: what was done before.
+    """
+    left = {unit: max(limit - state.progress(unit), 0) for unit, limit in limits.items()}
+    if "tokens" in left:
+        left["tokens"] = -(-left["tokens"] // seq_length)
+    return min(
+        (
+            count
+            if unit == "iterations"
+            else batch_size.iterations_of(count + state.consumed_samples, state.consumed_samples)
+            for unit, count in left.items()
+        ),
+        default=None,
+    )

@@ -23,7 +23,7 @@ from megatron.training.schedule import Schedule
 from megatron.training.state import TrainState
 
 TRAINING = "training"
-"""Entry of state.json: the schedule, the order of the samples, the vocabulary, and what proves a resume."""
+"""Entry of state.json: what the run said of itself, its vocabulary, and the loss that proves a resume."""
 
 PLACES = ("pipeline_model_parallel_size", "data_parallel_size", "ds_sequence_parallel_size")
 """Axes over which random streams differ."""
@@ -44,6 +44,7 @@ class Resume:
         takes_optimizer: whether the optimizer's state continues.
         takes_streams: whether random streams continue where they can.
         takes_progress: whether iteration, schedule and data position continue; else the weights alone are taken.
+        trains: whether the run does more than evaluate.
     """
 
     path: Path
@@ -54,11 +55,18 @@ class Resume:
     takes_optimizer: bool
     takes_streams: bool
     takes_progress: bool
+    trains: bool
 
     @property
     def training(self) -> Mapping[str, Any]:
         """What the checkpoint says of its training; empty for one that was converted from another program's."""
         said = self.saved.get(TRAINING)
+        return said if isinstance(said, Mapping) else {}
+
+    @property
+    def run(self) -> Mapping[str, Any]:
+        """What the run that saved said of itself (`verify.describe_run`)."""
+        said = self.training.get("run")
         return said if isinstance(said, Mapping) else {}
 
     def changed(self, *kinds: Kind) -> list[Difference]:
@@ -67,7 +75,7 @@ class Resume:
 
     def continued(self, *, override: bool) -> Continued | None:
         """Say what of the samples continues."""
-        if not self.takes_progress:
+        if not (self.takes_progress and self.trains):
             return None
         order = self.run.get("order")
         return Continued(
@@ -116,6 +124,7 @@ def find_resume(
         takes_optimizer=with_optimizer,
         takes_streams=trains and not weights_only and not checkpoint.no_load_rng,
         takes_progress=not weights_only,
+        trains=trains,
     )
     _require_same_model(resume, tokenizer)
     if with_optimizer:
@@ -130,9 +139,11 @@ def continue_schedule(schedule: Schedule, resume: Resume | None, checkpoint: Che
     Raises:
         CheckpointError: they differ, and the flags do not say which holds.
     """
-    said = None if resume is None or not resume.takes_progress else resume.run.get("schedule")
+    if resume is None or not (resume.takes_progress and resume.trains):
+        return schedule
+    said = resume.run.get("schedule")
     if said is None:
-        if resume is not None and checkpoint.use_checkpoint_opt_param_scheduler:
+        if checkpoint.use_checkpoint_opt_param_scheduler:
             raise CheckpointError(
                 f"{resume.path} does not tell its schedule, which --use-checkpoint-opt-param-scheduler asks for: give "
                 "the schedule's flags instead"

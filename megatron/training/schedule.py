@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.training import TrainingConfig
-from megatron.training.state import Unit
+from megatron.training.state import TrainState, Unit
 
 FLAG_SUFFIX: dict[Unit, str] = {"iterations": "iters", "samples": "samples", "tokens": "tokens"}
 
@@ -91,6 +91,11 @@ class Schedule:
     learning_rate: LearningRate
     weight_decay: WeightDecay
 
+    def at(self, state: TrainState) -> tuple[float, float]:
+        """Learning rate and weight decay of the step that starts in `state`."""
+        rate, decay = self.learning_rate, self.weight_decay
+        return rate.at(state.progress(rate.unit)), decay.at(state.progress(decay.unit))
+
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Give all fields as JSON; no end is null."""
         return {
@@ -106,11 +111,11 @@ class Schedule:
             TypeError: a field is missing or unknown.
             KeyError: one of the two parts is missing.
         """
-        rate, decay = (
+        parts: list[dict[str, Any]] = [
             {key: math.inf if key == "length" and value is None else value for key, value in values[name].items()}
             for name in ("learning_rate", "weight_decay")
-        )
-        return cls(learning_rate=LearningRate(**rate), weight_decay=WeightDecay(**decay))
+        ]
+        return cls(learning_rate=LearningRate(**parts[0]), weight_decay=WeightDecay(**parts[1]))
 
     def changes(self, new: Schedule) -> list[str]:
         """List what is otherwise in another schedule, as `--flag old -> new`; empty when both give the same values."""

@@ -143,7 +143,8 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             whole = (
                 isinstance(record["run"], dict)
                 if type(start) is int
-                else type(step) is int and all(float.fromhex(record[name]) is not None for name in ("loss", "grad_norm"))
+                else type(step) is int
+                and all(float.fromhex(record[name]) is not None for name in ("loss", "grad_norm"))
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
             continue

@@ -14,7 +14,7 @@ from megatron.training.batch_size import BatchSize
 from megatron.training.evaluate import evaluate
 from megatron.training.metrics import Interval, SpeedModel, memory_gib
 from megatron.training.report import Reporter
-from megatron.training.schedule import LearningRate, WeightDecay
+from megatron.training.schedule import Schedule
 from megatron.training.state import TrainState
 from megatron.training.stop import SignalFlag, Stop, StopRules
 from megatron.training.timers import Timers
@@ -44,8 +44,7 @@ class Plan:
     """
 
     batch_size: BatchSize
-    learning_rate: LearningRate
-    weight_decay: WeightDecay
+    schedule: Schedule
     speed: SpeedModel
     cadence: Cadence
     samples_per_micro_step: int
@@ -137,8 +136,7 @@ class Trainer:
     def _train_step(self) -> None:
         state, plan = self.state, self.plan
         samples = plan.batch_size.at(state.consumed_samples)
-        learning_rate = plan.learning_rate.at(state.progress(plan.learning_rate.unit))
-        weight_decay = plan.weight_decay.at(state.progress(plan.weight_decay.unit))
+        learning_rate, weight_decay = plan.schedule.at(state)
         with self._timers.measure("data"):
             micro_batches = list(islice(self._training_batches, samples // plan.samples_per_micro_step))
         with self._timers.measure("step"):

@@ -8,21 +8,20 @@ with the same step now.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.fragments import LogicalTensors, open_tensors
-from megatron.data.batch import Batch
 from megatron.engine.interface import Engine
-from megatron.parallel.groups import Group
 from megatron.training.control import Control
 from megatron.training.differences import Kind, changed_values, find_differences, listed
-from megatron.training.inputs import Lookahead
-from megatron.training.resume import Resume, Say
+from megatron.training.place import Place
+from megatron.training.proof import Proof
+from megatron.training.resume import Resume, Say, streams_continue
 from megatron.training.schedule import Schedule
 from megatron.training.step_log import STEPS, RecordedSteps, StepLog, StepNumbers, read_steps
 
@@ -41,59 +40,6 @@ WITHOUT_EFFECT = frozenset(
     {"train_iters", "train_samples", "train_tokens", "valid_data_path", "test_data_path", "init_method_std"}
 )
 """Fields that a step's numbers do not depend on: what matters of them is in the schedule and the samples' order."""
-
-
-class NextSamples:
-    """The loss of the samples that are trained on next, as an evaluation finds it: it draws no random number.
-
-    Args:
-        engine: has the weights.
-        batches: this rank's, from the next sample on.
-        micro_batch_size: samples of a micro-batch.
-        data: the ranks that share the samples.
-    """
-
-    def __init__(self, engine: Engine, batches: Lookahead, *, micro_batch_size: int, data: Group) -> None:
-        self._engine = engine
-        self._batches = batches
-        self._size = micro_batch_size
-        self._data = data
-
-    def measure(self, num_samples: int | None = None) -> dict[str, Any]:
-        """Give the sum of the token losses over all ranks, bit for bit, with the number of samples and tokens.
-
-        Args:
-            num_samples: how many; None: as many as all ranks take at once. Where they fill no round, the last ones are
-                masked, so that every layout measures the same samples.
-        """
-        at_once = self._size * self._data.size
-        num_samples = num_samples or at_once
-        rounds = -(-num_samples // at_once)
-        batches: Sequence[Batch] = self._batches.peek(rounds)
-        if num_samples < rounds * at_once:
-            batches = [self._masked(batch, index, num_samples) for index, batch in enumerate(batches)]
-        loss_sum, tokens = self._engine.evaluate(batches)
-        return {"samples": num_samples, "loss_sum": float(loss_sum).hex(), "tokens": int(tokens)}
-
-    def _masked(self, batch: Batch, index: int, num_samples: int) -> Batch:
-        first = (index * self._data.size + self._data.rank) * self._size
-        counted = (torch.arange(first, first + self._size, device=batch.labels.device) < num_samples).float()
-        mask = torch.ones_like(batch.labels, dtype=torch.float32) if batch.loss_mask is None else batch.loss_mask
-        return replace(batch, loss_mask=mask * counted[:, None])
-
-
-def describe_run(
-    sections: Mapping[str, Any], layout: Mapping[str, int], schedule: Schedule, order: Mapping[str, Any], device: str
-) -> dict[str, Any]:
-    """Say, as JSON, what the numbers of a run's steps depend on."""
-    compared = {name: values for name, values in sections.items() if name not in ("checkpoint", "reporting")}
-    return {
-        "config": compared,
-        "layout": dict(layout),
-        "schedule": schedule.to_json(),
-        "order": dict(order),
-        "software": {"torch": torch.__version__, "device": device},
-    }
 
 
 @dataclass(frozen=True)
@@ -194,7 +140,12 @@ class StepCheck:
 
 
 class Watch:
-    """Takes note of each step: compares it with the recorded one, then records it."""
+    """Takes note of each step: compares it with the recorded one, then records it.
+
+    Args:
+        check: compares; None: there is nothing to compare.
+        log: records; None: another rank does, or nothing is saved.
+    """
 
     def __init__(self, check: StepCheck | None, log: StepLog | None) -> None:
         self._check = check
@@ -208,15 +159,17 @@ class Watch:
         if self._log is not None:
             self._log.write(iteration, numbers)
 
+    def close(self) -> None:
+        """Close the record."""
+        if self._log is not None:
+            self._log.close()
+
 
 def verify_resume(
     resume: Resume,
     engine: Engine,
-    samples: NextSamples,
-    run: Mapping[str, Any],
-    control: Control,
-    *,
-    same_streams: bool,
+    proof: Proof,
+    place: Place,
     say: Say,
 ) -> StepCheck | None:
     """Prove what can be proven before the first step; returns what compares the steps, where some were recorded.
@@ -224,16 +177,17 @@ def verify_resume(
     Raises:
         CheckpointError: the engine does not hold what the checkpoint does, or the loss of the next samples is another.
     """
+    control = place.control
     count = verify_state(engine, open_tensors(resume.path), control)
     say(f" verified: {count:,} entries of weights and optimizer state are the checkpoint's, bit for bit")
-    verify_samples(resume.training, samples, run, say)
+    verify_samples(resume.training, proof, say)
     recorded: RecordedSteps = control.of_first(
         read_steps(resume.path.parent / STEPS, resume.state.iteration) if control.is_first else None
     )
     if not recorded.steps:
         say(" no step after the checkpoint was recorded that could be compared")
         return None
-    comparison = compare_runs(recorded.run, run, in_training=True, same_streams=same_streams)
+    comparison = compare_runs(recorded.run, proof.run, in_training=True, same_streams=streams_continue(resume, place))
     if comparison.obstacle is not None:
         say(f" the recorded steps after the checkpoint cannot be compared: {comparison.obstacle}")
         return None
@@ -248,7 +202,9 @@ def verify_state(engine: Engine, tensors: LogicalTensors, control: Control) -> i
     """
     count, wrong = 0, []
     for fragment in engine.state_fragments():
-        kept = tensors.read_range(fragment.name, fragment.kind, fragment.sharding, fragment.start, fragment.tensor.numel())
+        kept = tensors.read_range(
+            fragment.name, fragment.kind, fragment.sharding, fragment.start, fragment.tensor.numel()
+        )
         held = fragment.tensor.detach().cpu()
         count += held.numel()
         if not torch.equal(held, kept.to(held.dtype)):
@@ -261,28 +217,28 @@ def verify_state(engine: Engine, tensors: LogicalTensors, control: Control) -> i
     return sum(count for count, _ in found)
 
 
-def verify_samples(saved: Mapping[str, Any], samples: NextSamples, run: Mapping[str, Any], say: Say) -> None:
+def verify_samples(saved: Mapping[str, Any], proof: Proof, say: Say) -> None:
     """Compare the loss of the next samples with what it was when the checkpoint was saved.
 
     Raises:
         CheckpointError: it is another one.
     """
-    proof = saved.get("next_samples")
-    if proof is None:
+    then = saved.get("next_samples")
+    if then is None or proof.samples is None:
         say(" the checkpoint tells no loss of the samples that come next")
         return
-    comparison = compare_runs(saved["run"], run, in_training=False)
+    comparison = compare_runs(saved["run"], proof.run, in_training=False)
     if comparison.obstacle is not None:
         say(f" the loss of the next samples cannot be compared: {comparison.obstacle}")
         return
-    found = samples.measure(proof["samples"])
-    error = _error(found["loss_sum"], proof["loss_sum"])
+    found = proof.samples.measure(then["samples"])
+    error = _error(found["loss_sum"], then["loss_sum"])
     bound = comparison.bound if comparison.rounding else 0.0
-    what = f"the loss of the next {proof['samples']} samples"
-    if found["tokens"] != proof["tokens"] or not error <= bound:
+    what = f"the loss of the next {then['samples']} samples"
+    if found["tokens"] != then["tokens"] or not error <= bound:
         raise CheckpointError(
-            f"--verify-resume: {what} is {_mean(found)} over {found['tokens']} tokens, and was {_mean(proof)} over "
-            f"{proof['tokens']} when {saved['run']['layout']} saved: weights or samples are not the same; {WAYS}"
+            f"--verify-resume: {what} is {_mean(found)} over {found['tokens']} tokens, and was {_mean(then)} over "
+            f"{then['tokens']} when the checkpoint was saved: weights or samples are not the same; {WAYS}"
         )
     how = "bit for bit" if error == 0 else f"within rounding: {error:.1e} (at most {bound:.0e})"
     say(f" verified: {what} is {_mean(found)} as it was when the checkpoint was saved, {how}")
@@ -302,16 +258,3 @@ def _number(text: str) -> str:
 
 def _mean(measured: Mapping[str, Any]) -> str:
     return f"{float.fromhex(measured['loss_sum']) / max(measured['tokens'], 1):.9g}"
-
-
-Facts = Callable[[], Mapping[str, Any]]
-
-
-def facts_of(run: Mapping[str, Any], vocab_size: int, samples: NextSamples | None) -> Facts:
-    """Make what tells a checkpoint of its training; asked by all ranks together at each save."""
-
-    def facts() -> dict[str, Any]:
-        proof = {} if samples is None else {"next_samples": samples.measure()}
-        return {"training": {"run": run, "vocab_size": vocab_size, **proof}}
-
-    return facts
