@@ -2,8 +2,9 @@
 
     <save>/latest                      the tag to resume, replaced last
     <save>/step_0000010/manifest.json  size and SHA-256 of every other file: the mark of a complete checkpoint
-                        state.json     counters and layout        config.json    the sections of the run
-                        rng_00000.pt   random streams of a rank   ...            the engine's own files
+                        state.json     counters, layout, engine   config.json    the sections of the run
+                        tensors.json   where tensors lie          tensors_00000_00.safetensors   those of a rank
+                        rng_00000.pt   random streams of a rank
     <save>/.step_0000020.staging/      a save that is under way, or was killed
 
 Everything is written and synced in the staging folder, which is then renamed. A process killed at any moment leaves
@@ -17,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import IO, Any, Protocol
 import torch
 
 from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.fragments import TENSORS, Fragment, describe_tensors, write_fragments
 from megatron.training.control import Control
 from megatron.training.state import TrainState
 
@@ -44,8 +46,11 @@ class Streams(Protocol):
 class Saves(Protocol):
     """What is asked of an engine here."""
 
-    def save(self, directory: Path) -> None:
-        """Write and sync this rank's files."""
+    def state_fragments(self) -> Iterator[Fragment]:
+        """Give what this rank writes of the logical tensors."""
+
+    def state(self) -> dict[str, Any]:
+        """Give what else it keeps, JSON."""
 
 
 def tag_of(iteration: int) -> str:
@@ -79,7 +84,6 @@ class CheckpointWriter:
         control: Control,
         streams: Streams,
         keep_last: int = 0,
-        more: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self._root = root
         self._config = config
@@ -87,7 +91,6 @@ class CheckpointWriter:
         self._control = control
         self._streams = streams
         self._keep_last = keep_last
-        self._more = more
 
     def save(self, engine: Saves, state: TrainState) -> Path:
         """Write a checkpoint, point `latest` to it, then remove the oldest; returns its folder.
@@ -109,7 +112,7 @@ class CheckpointWriter:
         return target
 
     def _save(self, engine: Saves, state: TrainState, target: Path) -> None:
-        control, more = self._control, self._more()
+        control = self._control
         staging = self._root / f".{target.name}.staging"
         if control.is_first:
             self._root.mkdir(parents=True, exist_ok=True)
@@ -117,12 +120,14 @@ class CheckpointWriter:
                 shutil.rmtree(leftover)
             staging.mkdir()
         control.barrier()
-        engine.save(staging)
+        records, _ = write_fragments(staging, control.rank, engine.state_fragments())
+        described = [record for share in control.gather(records) for record in share]
         with open(staging / rng_file(control.rank), "wb") as file:
             torch.save(self._streams.state_dict(), file)
             _sync(file)
         if control.is_first:
-            write_json(staging / STATE, {"counters": state.to_json(), "layout": dict(self._layout), **more})
+            write_json(staging / TENSORS, describe_tensors(described))
+            write_json(staging / STATE, {"counters": state.to_json(), **self._layout, "engine": engine.state()})
             write_json(staging / CONFIG, self._config)
         control.barrier()
         files = _shared_digests(staging, sorted(_files(staging)), control)
