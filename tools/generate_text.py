@@ -99,8 +99,8 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 def open_checkpoint(root: Path) -> tuple[Path, RunConfig]:
     """Find the checkpoint to use, verify it, and read the config of its run."""
+    from megatron.checkpoint.find import find_checkpoint, read_checkpoint
     from megatron.config.sections import RunConfig
-    from megatron.training.checkpoint import find_checkpoint, read_checkpoint
     from megatron.training.control import Control
 
     path = find_checkpoint(root, Control.alone(), warn=lambda text: print(text, file=sys.stderr))

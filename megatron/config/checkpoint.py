@@ -19,6 +19,12 @@ class CheckpointConfig:
         None, range=at_least(1), help="optimizer steps between checkpoints (default: only when leaving)"
     )
     keep_last: int = flag(0, range=NOT_NEGATIVE, help="newest checkpoints to keep in --save; 0 keeps all")
+    keep_every: int = flag(
+        0, range=NOT_NEGATIVE, help="checkpoints of steps that are multiples of this stay for ever; 0 is none"
+    )
+    async_save: bool = flag(
+        False, help="write checkpoints while the training goes on, from copies in the memory of the hosts"
+    )
     no_save_optim: bool = flag(
         False, help="leave the optimizer's state out of checkpoints: they then load with --no-load-optim or --finetune"
     )

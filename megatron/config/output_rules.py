@@ -24,10 +24,16 @@ LOADING = (
 
 def saving_needs_a_place(checkpoint: CheckpointConfig) -> Iterator[str]:
     """What says when and how much to save needs a folder to save to."""
-    for name in ("save_interval", "keep_last", "no_save_optim", "no_save_rng"):
+    for name in ("save_interval", "keep_last", "keep_every", "async_save", "no_save_optim", "no_save_rng"):
         value = getattr(checkpoint, name)
         if value and checkpoint.save is None:
             yield f"{_spoken(name, value)} has no effect without --save."
+
+
+def keeping_for_ever_needs_a_limit(checkpoint: CheckpointConfig) -> Iterator[str]:
+    """Steps are kept for ever only where others are not."""
+    if checkpoint.keep_every and not checkpoint.keep_last:
+        yield f"--keep-every {checkpoint.keep_every} has no effect without --keep-last, which 0 keeps all."
 
 
 def loading_needs_a_place(checkpoint: CheckpointConfig) -> Iterator[str]:

@@ -87,7 +87,7 @@ class RandomStreams:
 
 
 def stream_number(groups: ParallelGroups) -> int:
-    """Number the places that draw apart, from 0: those of the mesh, where a tensor group is one place."""
+    """Tell the place of a rank among those that draw apart, from 0: all of the mesh, a tensor group being one."""
     place = groups.pipeline.rank * groups.data.size + groups.data.rank
     return place * groups.ulysses.size + groups.ulysses.rank
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.store import CheckpointStore
 from megatron.config.deepspeed_json import read_deepspeed_json
 from megatron.config.sections import RunConfig
 from megatron.data.tokenizer.build import build_tokenizer
@@ -84,6 +85,9 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         watch = _build_watch(config, resume, engine, proof, place, state, reporter.say)
         resources.callback(watch.close)
         reporter.start({"world_size": place.groups.world.size, **state.to_json()})
+        checkpoints = _build_checkpoints(config, place, proof)
+        if checkpoints is not None:
+            resources.callback(checkpoints.close)
         signals = SignalFlag(enabled=config.training.exit_signal_handler)
         return Trainer(
             plan,
@@ -94,7 +98,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
             rules=StopRules(config.training, place.control, signals, started=started),
             signals=signals,
             reporter=reporter,
-            checkpoints=_build_checkpoints(config, place, proof),
+            checkpoints=checkpoints,
             params_norm=partial(params_norm, engine.module, place.groups, place.control)
             if config.reporting.log_params_norm
             else None,
@@ -351,15 +355,23 @@ def _build_watch(
 
 
 def _build_checkpoints(config: RunConfig, place: Place, proof: Proof) -> CheckpointWriter | None:
-    if config.checkpoint.save is None:
+    checkpoint = config.checkpoint
+    if checkpoint.save is None:
         return None
-    return CheckpointWriter(
-        Path(config.checkpoint.save),
+    store = CheckpointStore(
+        Path(checkpoint.save),
         config=config.to_json(),
+        ranks=place.control,
+        keep_last=checkpoint.keep_last,
+        keep_every=checkpoint.keep_every,
+        background=checkpoint.async_save,
+        time_limit=60.0 * config.parallel.distributed_timeout_minutes,
+    )
+    return CheckpointWriter(
+        store,
         layout=place.layout,
-        control=place.control,
-        streams=place.streams,
-        keep_last=config.checkpoint.keep_last,
+        streams=None if checkpoint.no_save_rng else place.streams,
+        save_optimizer=not checkpoint.no_save_optim,
         more=proof.facts,
     )
 

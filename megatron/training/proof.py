@@ -88,4 +88,5 @@ def describe_run(
         "order": order.to_json(),
         "software": {"torch": torch.__version__, "device": device},
     }
-    return json.loads(json.dumps(described))  # type: ignore[no-any-return]  # with lists for tuples, as files give it back
+    as_read_back: dict[str, Any] = json.loads(json.dumps(described))  # with lists for tuples
+    return as_read_back

@@ -1,6 +1,6 @@
 """What each step of a run came to, bit for bit, on disk: with it a resumed run proves that it does the same.
 
-    {"start": 0, "run": {...}}                             a process begins after iteration 0; what its numbers depend on
+    {"start": 0, "run": {...}}     a process begins after iteration 0, and says what its numbers depend on
     {"iteration": 1, "loss": "0x1.0a...", "grad_norm": "0x1.9c..."}
 
 A process that begins after iteration 10 makes what others wrote of later ones void: their run ended there.

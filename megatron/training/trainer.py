@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Protocol
 
+from megatron.checkpoint.store import Saved
 from megatron.engine.interface import Engine, MicroBatch
 from megatron.training.batch_size import BatchSize
 from megatron.training.evaluate import evaluate
@@ -55,10 +55,16 @@ class Plan:
 
 
 class Checkpoints(Protocol):
-    """Keeps what a later run needs to continue this one."""
+    """Keeps what a later run needs to continue this one. Each call tells of what is kept for good since the last."""
 
-    def save(self, engine: Engine, state: TrainState) -> Path:
-        """Keep it, and return where."""
+    def save(self, engine: Engine, state: TrainState) -> list[Saved]:
+        """Keep it, or begin to while the training goes on."""
+
+    def poll(self) -> list[Saved]:
+        """Look whether what was begun is done, or failed."""
+
+    def finish(self) -> list[Saved]:
+        """Wait until what was begun is done."""
 
 
 class Trainer:
@@ -119,6 +125,8 @@ class Trainer:
             self._timers.take()
             while (stop := self._reason_to_stop()) is None:
                 self._train_step()
+                if self._checkpoints is not None:
+                    self._tell(self._checkpoints.poll())
                 if self._due(cadence.log):
                     self._report()
                 if self._due(cadence.evaluate):
@@ -191,9 +199,13 @@ class Trainer:
             )
             return
         with self._timers.measure("save", part_of_step=False):
-            where = self._checkpoints.save(self.engine, self.state)
+            saved = self._checkpoints.save(self.engine, self.state)
         self._saved_at = self.state.iteration
-        self._reporter.say(f" saved {where}")
+        self._tell(saved)
+
+    def _tell(self, saved: Sequence[Saved]) -> None:
+        for one in saved:
+            self._reporter.saved(one)
 
     def _leave(self, stop: Stop) -> int:
         state = self.state
@@ -208,4 +220,7 @@ class Trainer:
         )
         if stop.save and self._saved_at != state.iteration:
             self._save()
+        if self._checkpoints is not None:
+            with self._timers.measure("save", part_of_step=False):
+                self._tell(self._checkpoints.finish())
         return stop.exit_code
