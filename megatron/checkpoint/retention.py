@@ -8,13 +8,13 @@ from pathlib import Path
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.files import sync_folder
 from megatron.checkpoint.manifest import read_manifest, wrong_sizes
-from megatron.checkpoint.names import STAGING, STEP, hidden_name, iteration_of, tag_of
+from megatron.checkpoint.names import STAGING, hidden_name, iteration_of, tag_of
 
 
 def steps_in(root: Path) -> list[int]:
-    """List the iterations that have a folder of a checkpoint in `root`, whole or not, ascending."""
-    found = (iteration_of(path.name) for path in root.glob("step_*") if STEP.fullmatch(path.name) and path.is_dir())
-    return sorted(iteration for iteration in found if iteration is not None)
+    """List the iterations that have a folder of a checkpoint in `root`, whole or not, ascending; a link is none."""
+    folders = (path for path in root.glob("step_*") if path.is_dir() and not path.is_symlink())
+    return sorted(iteration for path in folders if (iteration := iteration_of(path.name)) is not None)
 
 
 def retain(root: Path, newest: int, *, keep_last: int, keep_every: int) -> list[int]:

@@ -79,7 +79,8 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         engine = _build_engine(config, tokenizer.vocab_size, place, attention, recompute, plan, chosen, reporter.say)
         resources.callback(engine.close)
         if resume is not None:
-            restore(resume, engine, place, config.training.seed, reporter.say)
+            drops = config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
+            restore(resume, engine, place, config.training.seed, drops=drops, say=reporter.say)
         batches = inputs.training(state.consumed_samples)
         proof = _build_proof(config, plan, place, tokenizer, inputs, engine, batches)
         watch = _build_watch(config, resume, engine, proof, place, state, reporter.say)

@@ -166,22 +166,32 @@ def continue_schedule(schedule: Schedule, resume: Resume | None, checkpoint: Che
     )
 
 
-def restore(resume: Resume, engine: Engine, place: Place, seed: int, say: Say) -> None:
-    """Put weights, optimizer state and random streams in place, as far as they are taken."""
+def restore(resume: Resume, engine: Engine, place: Place, seed: int, *, drops: bool, say: Say) -> None:
+    """Put weights, optimizer state and random streams in place, as far as they are taken.
+
+    Args:
+        resume: what is taken.
+        engine: new.
+        place: of this rank.
+        seed: of the run.
+        drops: whether the training draws masks of dropout.
+        say: hears what that means for the streams.
+    """
     state = resume.saved.get("engine") if resume.takes_optimizer else None
     engine.load(open_tensors(resume.path), state, optimizer=resume.takes_optimizer)
-    if not resume.takes_progress:
+    if not (resume.takes_progress and resume.trains):
         return
     streams = _streams_of(resume, place)
     if isinstance(streams, str):
         place.streams.seed(seed, place.groups, resume.state.iteration)
-        if resume.takes_streams:
-            say(
-                f" new random streams, that follow from seed, iteration and rank: {streams}; dropout draws other masks "
-                "than an uninterrupted run, of the same law"
-            )
+        told = f"new random streams begin, which follow from seed, iteration and rank: {streams}"
     else:
         place.streams.load_state_dict(streams)
+        tensor = "tensor_model_parallel_size"
+        same = resume.saved.get("layout", {}).get(tensor, 1) == place.layout[tensor]
+        told = "" if same else "the random streams continue; fused dropout draws the masks of an uninterrupted run"
+    if drops and told:
+        say(f" {told}")
 
 
 def streams_continue(resume: Resume, place: Place) -> bool:
@@ -192,7 +202,7 @@ def streams_continue(resume: Resume, place: Place) -> bool:
 def _streams_of(resume: Resume, place: Place) -> Mapping[str, Any] | str:
     """Read the streams of this rank's place, the same on all its tensor ranks; or say why there are none."""
     if not resume.takes_streams:
-        return "they are not taken"
+        return "the flags take none of the checkpoint's"
     saved = resume.saved.get("layout", {})
     other = [name.replace("_", "-") for name in PLACES if saved.get(name, 1) != place.layout[name]]
     if other:

@@ -325,7 +325,7 @@ def test_a_rank_without_a_sign_of_life_ends_the_wait(tmp_path, monkeypatch):
     records.write_record(tmp_path, 0, records.Part({}))
     monkeypatch.setattr(records, "SILENT_SECONDS", 0.2)
     (tmp_path / records.alive_file(1)).touch()
-    with pytest.raises(CheckpointError, match="^rank 1 died while it wrote$"):
+    with pytest.raises(CheckpointError, match=r"^rank 1 died while it wrote$"):
         records.wait_for_records(tmp_path, range(2), 30)
 
 
@@ -333,7 +333,7 @@ def test_a_rank_that_leaves_without_a_word_ends_the_wait_at_once(tmp_path):
     beat = records.Heartbeat(tmp_path, 0)
     beat.__enter__()
     threading.Timer(0.1, beat.__exit__, (None, None, None)).start()
-    with pytest.raises(CheckpointError, match="^rank 0 died while it wrote$"):
+    with pytest.raises(CheckpointError, match=r"^rank 0 died while it wrote$"):
         records.wait_for_records(tmp_path, [0], 30)
 
 
