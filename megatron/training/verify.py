@@ -109,6 +109,11 @@ class StepCheck:
         self._say = say
         self._equal = 0
 
+    @property
+    def pending(self) -> bool:
+        """Whether there are steps to compare still."""
+        return bool(self._left)
+
     def saw(self, iteration: int, numbers: StepNumbers) -> None:
         """Compare a step.
 
@@ -142,6 +147,8 @@ class StepCheck:
 class Watch:
     """Takes note of each step: compares it with the recorded one, then records it.
 
+    While there are recorded steps to compare nothing is written, so that they are there still when a comparison fails.
+
     Args:
         check: compares; None: there is nothing to compare.
         log: records; None: another rank does, or nothing is saved.
@@ -150,14 +157,20 @@ class Watch:
     def __init__(self, check: StepCheck | None, log: StepLog | None) -> None:
         self._check = check
         self._log = log
+        self._held: list[tuple[int, StepNumbers]] = []
 
     def saw(self, iteration: int, loss: float, grad_norm: float) -> None:
         """Take the numbers of a step; see `StepCheck.saw`."""
         numbers = StepNumbers.of(loss, grad_norm)
         if self._check is not None:
             self._check.saw(iteration, numbers)
-        if self._log is not None:
-            self._log.write(iteration, numbers)
+        if self._log is None:
+            return
+        self._held.append((iteration, numbers))
+        if self._check is None or not self._check.pending:
+            for step in self._held:
+                self._log.write(*step)
+            self._held.clear()
 
     def close(self) -> None:
         """Close the record."""
