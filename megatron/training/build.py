@@ -89,6 +89,8 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         checkpoints = _build_checkpoints(config, place, proof)
         if checkpoints is not None:
             resources.callback(checkpoints.close)
+            if resume is not None:
+                checkpoints.tidy(resume.path)
         signals = SignalFlag(enabled=config.training.exit_signal_handler)
         return Trainer(
             plan,

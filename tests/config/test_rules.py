@@ -223,6 +223,8 @@ BROKEN: list[tuple[str, str, str]] = [
     ("--tokenizer-type TikTokenizer --tokenizer-model t", "--vocab-size", "--mock-data & --vocab-size"),
     ("--save-interval 5", "", "--save-interval 5 & --save"),
     ("--keep-last 2", "", "--keep-last 2 & --save"),
+    ("--async-save", "", "--async-save & --save"),
+    ("--save d --keep-every 2", "", "--keep-every 2 & --keep-last"),
     ("--load-if-exists", "", "--load-if-exists & --load"),
     ("--no-load-rng", "", "--no-load-rng & --load"),
     ("--no-load-optim", "", "--no-load-optim & --load"),
