@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from megatron.checkpoint.fragments import WEIGHT
@@ -48,6 +49,10 @@ class CheckpointWriter:
         self._streams = streams
         self._save_optimizer = save_optimizer
         self._more = more
+
+    def tidy(self, resumed: Path) -> None:
+        """See `CheckpointStore.tidy`."""
+        self._store.tidy(resumed)
 
     def save(self, engine: Engine, state: TrainState) -> list[Saved]:
         """Save, or begin to; see `CheckpointStore.save`."""

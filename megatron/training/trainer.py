@@ -14,7 +14,7 @@ from megatron.training.batch_size import BatchSize
 from megatron.training.evaluate import evaluate
 from megatron.training.metrics import Interval, SpeedModel, memory_gib
 from megatron.training.report import Reporter
-from megatron.training.schedule import LearningRate, WeightDecay
+from megatron.training.schedule import Schedule
 from megatron.training.state import TrainState
 from megatron.training.stop import SignalFlag, Stop, StopRules
 from megatron.training.timers import Timers
@@ -44,8 +44,7 @@ class Plan:
     """
 
     batch_size: BatchSize
-    learning_rate: LearningRate
-    weight_decay: WeightDecay
+    schedule: Schedule
     speed: SpeedModel
     cadence: Cadence
     samples_per_micro_step: int
@@ -82,6 +81,7 @@ class Trainer:
         reporter: whom to tell.
         checkpoints: what saves; None saves nothing.
         params_norm: measures the weights for each report; None leaves it out.
+        watch: told iteration, loss and gradient norm of each step, one step late; None tells nobody.
         resources: closed when the run ends, whichever way.
     """
 
@@ -98,6 +98,7 @@ class Trainer:
         reporter: Reporter,
         checkpoints: Checkpoints | None,
         params_norm: Callable[[], float] | None,
+        watch: Callable[[int, float, float], None] | None,
         resources: ExitStack,
     ) -> None:
         self.plan = plan
@@ -110,9 +111,10 @@ class Trainer:
         self._reporter = reporter
         self._checkpoints = checkpoints
         self._params_norm = params_norm
+        self._watch = watch
         self._resources = resources
         self._timers = Timers()
-        self._interval = Interval(plan.lowest_loss_scale)
+        self._interval = Interval(plan.lowest_loss_scale, watch)
         self._first_iteration = self._saved_at = state.iteration
         self._evaluated_at = -1
 
@@ -142,8 +144,7 @@ class Trainer:
     def _train_step(self) -> None:
         state, plan = self.state, self.plan
         samples = plan.batch_size.at(state.consumed_samples)
-        learning_rate = plan.learning_rate.at(state.progress(plan.learning_rate.unit))
-        weight_decay = plan.weight_decay.at(state.progress(plan.weight_decay.unit))
+        learning_rate, weight_decay = plan.schedule.at(state)
         with self._timers.measure("data"):
             micro_batches = list(islice(self._training_batches, samples // plan.samples_per_micro_step))
         with self._timers.measure("step"):
@@ -167,7 +168,7 @@ class Trainer:
                 "timers_ms": {name: 1e3 * spent / interval.steps for name, spent in timers.items()},
             }
         )
-        self._interval = Interval(self.plan.lowest_loss_scale)
+        self._interval = Interval(self.plan.lowest_loss_scale, self._watch)
 
     def _seconds_left(self, seconds_per_sample: float) -> float | None:
         total = self.plan.total_samples
