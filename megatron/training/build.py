@@ -86,11 +86,9 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         watch = _build_watch(config, resume, engine, proof, place, state, reporter.say)
         resources.callback(watch.close)
         reporter.start({"world_size": place.groups.world.size, **state.to_json()})
-        checkpoints = _build_checkpoints(config, place, proof)
+        checkpoints = _build_checkpoints(config, place, proof, resume)
         if checkpoints is not None:
             resources.callback(checkpoints.close)
-            if resume is not None:
-                checkpoints.tidy(resume.path)
         signals = SignalFlag(enabled=config.training.exit_signal_handler)
         return Trainer(
             plan,
@@ -357,7 +355,7 @@ def _build_watch(
     return Watch(check, log)
 
 
-def _build_checkpoints(config: RunConfig, place: Place, proof: Proof) -> CheckpointWriter | None:
+def _build_checkpoints(config: RunConfig, place: Place, proof: Proof, resume: Resume | None) -> CheckpointWriter | None:
     checkpoint = config.checkpoint
     if checkpoint.save is None:
         return None
@@ -370,13 +368,12 @@ def _build_checkpoints(config: RunConfig, place: Place, proof: Proof) -> Checkpo
         background=checkpoint.async_save,
         time_limit=60.0 * config.parallel.distributed_timeout_minutes,
     )
-    return CheckpointWriter(
-        store,
-        layout=place.layout,
-        streams=None if checkpoint.no_save_rng else place.streams,
-        save_optimizer=not checkpoint.no_save_optim,
-        more=proof.facts,
-    )
+    streams = None if checkpoint.no_save_rng else place.streams
+    optimizer = not checkpoint.no_save_optim
+    writer = CheckpointWriter(store, layout=place.layout, streams=streams, save_optimizer=optimizer, more=proof.facts)
+    if resume is not None:
+        writer.tidy(resume.path)
+    return writer
 
 
 def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, choices: Sequence[str | None]) -> Iterator[str]:
