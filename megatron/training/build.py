@@ -79,15 +79,13 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         if resume is not None:
             restore(resume, engine, place, config.training.seed, drops=config.model.drops, say=reporter.say)
         batches = inputs.training(state.consumed_samples)
-        proof = _build_proof(config, plan, place, tokenizer, inputs, engine, batches)
+        proof = _build_proof(config, plan, place, tokenizer, inputs, engine, batches, attention.name)
         watch = build_watch(config.checkpoint, resume, engine, proof, place, state, reporter.say)
         resources.callback(watch.close)
         reporter.start({"world_size": place.groups.world.size, **state.to_json()})
-        checkpoints = _build_checkpoints(config, place, proof)
+        checkpoints = _build_checkpoints(config, place, proof, resume)
         if checkpoints is not None:
             resources.callback(checkpoints.close)
-            if resume is not None:
-                checkpoints.tidy(resume.path)
         signals = SignalFlag(enabled=config.training.exit_signal_handler)
         return Trainer(
             plan,
@@ -320,17 +318,24 @@ def _build_proof(
     inputs: Inputs,
     engine: Engine,
     batches: Lookahead,
+    attention: str,
 ) -> Proof:
     device = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else place.device.type
     samples = NextSamples(engine, batches, micro_batch_size=config.training.micro_batch_size, data=place.groups.data)
     return Proof(
-        run=describe_run(config.to_json(), place.layout, plan.schedule, inputs.order, device),
+        run=describe_run(
+            config.to_json(),
+            place.layout,
+            plan.schedule,
+            inputs.order,
+            {"torch": torch.__version__, "device": device, "attention": attention},
+        ),
         vocab_size=tokenizer.vocab_size,
         samples=None if config.training.skip_train else samples,
     )
 
 
-def _build_checkpoints(config: RunConfig, place: Place, proof: Proof) -> CheckpointWriter | None:
+def _build_checkpoints(config: RunConfig, place: Place, proof: Proof, resume: Resume | None) -> CheckpointWriter | None:
     checkpoint = config.checkpoint
     if checkpoint.save is None:
         return None
@@ -343,13 +348,12 @@ def _build_checkpoints(config: RunConfig, place: Place, proof: Proof) -> Checkpo
         background=checkpoint.async_save,
         time_limit=60.0 * config.parallel.distributed_timeout_minutes,
     )
-    return CheckpointWriter(
-        store,
-        layout=place.layout,
-        streams=None if checkpoint.no_save_rng else place.streams,
-        save_optimizer=not checkpoint.no_save_optim,
-        more=proof.facts,
-    )
+    streams = None if checkpoint.no_save_rng else place.streams
+    optimizer = not checkpoint.no_save_optim
+    writer = CheckpointWriter(store, layout=place.layout, streams=streams, save_optimizer=optimizer, more=proof.facts)
+    if resume is not None:
+        writer.tidy(resume.path)
+    return writer
 
 
 def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, choices: Sequence[str | None]) -> Iterator[str]:
