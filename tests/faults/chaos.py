@@ -250,8 +250,7 @@ def check_folder(save: Path, kind: Kind) -> None:
     """Hold what is on the disk against the limits."""
     saves = range(INTERVAL, kind.iterations + 1, INTERVAL)
     kept = {tag_of(step) for step in saves if step % KEEP_EVERY == 0} | {tag_of(step) for step in saves[-KEEP_LAST:]}
-    kept |= {"latest"} | ({"metrics.jsonl"} if kind.real else {"losses"})
-    there = {path.name for path in save.iterdir()}
+    there = {path.name for path in save.iterdir() if path.is_dir() or path.name.startswith(".")}
     if there != kept:
         raise ChaosError(f"{kind}: {sorted(there)} instead of {sorted(kept)}")
 

@@ -15,6 +15,7 @@ from megatron.checkpoint.fragments import open_tensors
 from megatron.config.errors import UserError
 from megatron.config.run import parse_run_config
 from megatron.engine.launch import read_environment
+from megatron.parallel.sharding import Sharding
 from megatron.training.state import TrainState
 
 
@@ -29,6 +30,7 @@ class Start:
         draws: numbers that are drawn next.
         engine: what `Engine.state` says.
         fragments: what this rank holds, by name, kind and place.
+        shardings: of each parameter.
         said: what was printed.
     """
 
@@ -38,6 +40,7 @@ class Start:
     draws: list[float]
     engine: dict[str, Any]
     fragments: dict[tuple[str, str, int, int], Tensor]
+    shardings: dict[str, Sharding]
     said: str
 
     def kind(self, *, weights: bool) -> dict[tuple[str, str, int, int], Tensor]:
@@ -64,6 +67,7 @@ def start(flags: list[str]) -> Start:
                     (one.name, one.kind, one.sharding.rank, one.start): one.tensor.detach().clone()
                     for one in trainer.engine.state_fragments()
                 },
+                shardings={one.name: one.sharding for one in trainer.engine.state_fragments()},
                 said="",
             )
     return Start(**{**vars(found), "said": said.getvalue()})

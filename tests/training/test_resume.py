@@ -14,6 +14,7 @@ from tests.training.starts import is_fresh, is_of, refusal, start
 
 OTHER_SCHEDULE = ["--lr", "5e-3", "--lr-warmup-iters", "0"]
 OTHER_DATA = ["--mock-data", "--vocab-size", "64"]
+OTHER_TRAINING = ["--hidden-dropout", "0", "--attention-dropout", "0", "--lr", "1", "--global-batch-size", "16"]
 
 
 def outcomes_of_flags(folder):
@@ -41,8 +42,7 @@ def outcomes_of_flags(folder):
     found["other data"] = start([*mock, "--override-data"])
     found["mock"] = start([*FLAGS, *OTHER_DATA])
     found["finetune on other data"] = start(
-        [*mock, "--finetune", "--seq-length", "8", "--max-position-embeddings", "16", "--seed", "7"]
-        + ["--hidden-dropout", "0", "--attention-dropout", "0", "--lr", "1", "--global-batch-size", "16"]
+        [*mock, "--finetune", "--seq-length", "8", "--max-position-embeddings", "16", "--seed", "7", *OTHER_TRAINING]
     )
     for name, words in {
         "no such tag": [*load, "--load-tag", "step_0000005"],
@@ -230,76 +230,87 @@ def test_no_save_optim_and_no_save_rng_leave_their_parts_out(outcomes):
     assert same(outcomes["part, finetune"], outcomes["fresh"], "state", "tokens", "draws")
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """The run is gone, as after SIGKILL."""
 
 
 def kill_at(iteration):
     def before_step(now):
         if now == iteration:
-            raise Killed
+            raise KilledError
 
     return before_step
 
 
-def verified_runs(folder):
-    """A run that is killed four steps behind its checkpoint, and resumed: as it is, and with something wrong."""
-    from megatron.engine.flat import FlatEngine
-    from megatron.training import verify
-    from megatron.training.inputs import Inputs
+def loaded_wrongly(change):
+    """What makes an engine change after it was loaded."""
 
-    flags = [*FLAGS, *write_data(folder / "data")]
-    lost = folder / "lost"
-    run([*flags, "--save", str(folder / "whole")])
-    with pytest.raises(Killed):
-        run([*flags, "--save", str(lost), "--save-interval", "5"], before_step=kill_at(9))
-    found = {}
+    def wrong(patch):
+        from megatron.engine.flat import FlatEngine
 
-    def resume(name, wrong=None, *, unseen=()):
-        target = folder / name
-        shutil.copytree(lost, target)
-        before = sorted(os.listdir(target)), (target / "steps.jsonl").read_bytes()
-        with pytest.MonkeyPatch.context() as patch:
-            for part in unseen:
-                patch.setattr(verify, part, lambda *args: 0)
-            if wrong is not None:
-                wrong(patch)
-            words = [*flags, "--save", str(target), "--load", str(target), "--verify-resume", "--save-interval", "5"]
-            try:
-                code = run(words)
-            except CheckpointError as error:
-                code = str(error)
-        after = sorted(os.listdir(target)), (target / "steps.jsonl").read_bytes()
-        found[name] = code, before == after
-
-    def loaded(change):
         load = FlatEngine.load
 
         def load_wrongly(engine, *args, **kwargs):
             load(engine, *args, **kwargs)
             change(engine)
 
-        return lambda patch: patch.setattr(FlatEngine, "load", load_wrongly)
+        patch.setattr(FlatEngine, "load", load_wrongly)
 
-    def spoil(kind, factor):
-        def change(engine):
-            fragment = next(one for one in engine.state_fragments() if one.kind == kind and one.tensor.any())
-            fragment.tensor.mul_(factor)
+    return wrong
 
-        return loaded(change)
 
-    def shift(patch):
-        training = Inputs.training
-        patch.setattr(Inputs, "training", lambda inputs, consumed: training(inputs, consumed + 1))
+def spoiled(kind, factor):
+    """What makes a tensor of the optimizer wrong."""
 
-    resume("as it is")
-    resume("state", spoil("exp_avg_sq", 1 + 1e-6))
-    resume("weight", loaded(lambda engine: next(engine.module.parameters()).data.mul_(1.001)), unseen=["verify_state"])
-    resume("position", shift)
-    resume("moment", spoil("exp_avg", 1.01), unseen=["verify_state"])
-    resume("next step", shift, unseen=["verify_samples"])
-    resumed = losses(folder / "as it is") == losses(folder / "whole")
-    return found, resumed
+    def change(engine):
+        fragment = next(one for one in engine.state_fragments() if one.kind == kind and one.tensor.any())
+        fragment.tensor.mul_(factor)
+
+    return loaded_wrongly(change)
+
+
+def one_sample_too_far(patch):
+    from megatron.training.inputs import Inputs
+
+    training = Inputs.training
+    patch.setattr(Inputs, "training", lambda inputs, consumed: training(inputs, consumed + 1))
+
+
+WRONG = {
+    # what is wrong, and the parts of the proof that are left out so that the next one sees it
+    "as it is": (lambda patch: None, ()),
+    "state": (spoiled("exp_avg_sq", 1 + 1e-6), ()),
+    "weight": (loaded_wrongly(lambda engine: next(engine.module.parameters()).data.mul_(1.001)), ("verify_state",)),
+    "position": (one_sample_too_far, ()),
+    "moment": (spoiled("exp_avg", 1.01), ("verify_state",)),
+    "next step": (one_sample_too_far, ("verify_samples",)),
+}
+
+
+def verified_runs(folder):
+    """A run that is killed some steps behind its checkpoint, and resumed: as it is, and with something wrong."""
+    from megatron.training import verify
+
+    flags = [*FLAGS, *write_data(folder / "data"), "--save-interval", "5"]
+    lost = folder / "lost"
+    run([*flags, "--save", str(folder / "whole")])
+    with pytest.raises(KilledError):
+        run([*flags, "--save", str(lost)], before_step=kill_at(9))
+    found = {}
+    for name, (wrong, unseen) in WRONG.items():
+        target = folder / name
+        shutil.copytree(lost, target)
+        before = sorted(os.listdir(target)), (target / "steps.jsonl").read_bytes()
+        with pytest.MonkeyPatch.context() as patch:
+            for part in unseen:
+                patch.setattr(verify, part, lambda *args: 0)
+            wrong(patch)
+            try:
+                code = run([*flags, "--save", str(target), "--load", str(target), "--verify-resume"])
+            except CheckpointError as error:
+                code = str(error)
+        found[name] = code, before == (sorted(os.listdir(target)), (target / "steps.jsonl").read_bytes())
+    return found, losses(folder / "as it is") == losses(folder / "whole")
 
 
 @pytest.fixture(scope="module")
