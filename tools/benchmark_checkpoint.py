@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Tell this tool's flags from those of the run."""
     parser = argparse.ArgumentParser(
-        usage="benchmark_checkpoint.py [--folder DIR] [--other FLAGS] [--deepspeed] [--without WHAT] FLAGS OF pretrain_gpt.py",
+        usage="benchmark_checkpoint.py [FLAGS OF ITS OWN] FLAGS OF pretrain_gpt.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
