@@ -329,6 +329,15 @@ def test_a_rank_without_a_sign_of_life_ends_the_wait(tmp_path, monkeypatch):
         records.wait_for_records(tmp_path, range(2), 30)
 
 
+def test_a_run_that_ends_with_an_error_soon_gives_up_a_rank_that_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "HURRIED_SECONDS", 0.2)
+    (tmp_path / records.alive_file(1)).touch()
+    hurried = threading.Event()
+    threading.Timer(0.1, hurried.set).start()
+    with pytest.raises(CheckpointError, match=r"^rank 1 died while it wrote$"):
+        records.wait_for_records(tmp_path, [1], 30, hurried)
+
+
 def test_a_rank_that_leaves_without_a_word_ends_the_wait_at_once(tmp_path):
     beat = records.Heartbeat(tmp_path, 0)
     beat.__enter__()
@@ -348,3 +357,13 @@ def test_leftovers_of_killed_saves_are_cleared_by_the_next(tmp_path):
     (tmp_path / ".step_0000001.0123abcd.staging" / "folder").mkdir(parents=True)
     toy.save(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_0000002"]
+
+
+def test_what_a_run_killed_after_its_last_commit_left_is_removed_when_it_is_resumed(tmp_path):
+    toy.save(tmp_path, 1, 2, 3)
+    (tmp_path / ".step_0000001.removed.0123abcd.staging").mkdir()
+    store = toy.open_store(tmp_path, keep_last=1)
+    store.tidy(tmp_path / "step_0000002")  # taken back by hand: nothing is removed yet
+    assert tags(tmp_path) == ["step_0000001", "step_0000002", "step_0000003"]
+    store.tidy(tmp_path / "step_0000003")
+    assert tags(tmp_path) == ["step_0000003"]
