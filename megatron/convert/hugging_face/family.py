@@ -10,7 +10,6 @@ from megatron.config.model import ModelConfig
 from megatron.convert.hugging_face.config_file import TheirConfig
 from megatron.convert.hugging_face.transforms import Same, Transform
 
-
 SAME = Same()
 
 
