@@ -99,8 +99,8 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 def open_checkpoint(root: Path) -> tuple[Path, RunConfig]:
     """Find the checkpoint to use, verify it, and read the config of its run."""
+    from megatron.checkpoint.find import find_checkpoint, read_checkpoint
     from megatron.config.sections import RunConfig
-    from megatron.training.checkpoint import find_checkpoint, read_checkpoint
     from megatron.training.control import Control
 
     path = find_checkpoint(root, Control.alone(), warn=lambda text: print(text, file=sys.stderr))
@@ -124,13 +124,13 @@ def load_model(path: Path, config: RunConfig, vocab_size: int, device_name: str 
     from megatron.engine.launch import quiet_stdout
 
     with quiet_stdout():  # DeepSpeed prints when it is imported
-        from megatron.engine.module_weights import load_module_weights
         from megatron.training.build import DTYPES
+    from megatron.checkpoint.fragments import open_tensors
+    from megatron.checkpoint.weights import load_weights
     from megatron.kernels.attention.interface import AttentionRequest
     from megatron.kernels.attention.pick import pick_attention
     from megatron.model.gpt import GPT
     from megatron.parallel.groups import ParallelGroups
-    from megatron.parallel.sharding import describe_sharding
 
     device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[config.training.precision]
@@ -147,8 +147,8 @@ def load_model(path: Path, config: RunConfig, vocab_size: int, device_name: str 
     attention, _ = pick_attention("auto", request)
     with torch.device("meta"):
         model = GPT(config.model, vocab_size=vocab_size, groups=ParallelGroups.alone(), attention=attention)
-    weights = load_module_weights(path, describe_sharding(model))
-    model.to_empty(device=device).to(dtype).load_state_dict(weights)
+    model.to_empty(device=device).to(dtype)
+    load_weights(model, open_tensors(path))
     return model
 
 

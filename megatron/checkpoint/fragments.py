@@ -20,15 +20,13 @@ from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.files import DTYPES, Digest, read_json, write_tensors
-from megatron.checkpoint.ranges import is_whole, normalized, overlaps, rectangles, shard_numel
+from megatron.checkpoint.names import TENSORS
+from megatron.checkpoint.ranges import is_whole, normalized, overlaps, rectangles, shard_numel, without_padding
 from megatron.checkpoint.table import VERSION, StoredFragment, StoredTensor, check_tiling, parse_tensors
 from megatron.parallel.sharding import Sharding
 
 WEIGHT = "weight"
 """The kind of the weights; every other one is the optimizer's."""
-
-TENSORS = "tensors.json"
-"""File that says which fragments a checkpoint has."""
 
 LARGEST_FILE = 2 * 2**30
 SMALLEST_FILE = 64 * 2**20
@@ -199,6 +197,8 @@ class LogicalTensors:
     def read_range(self, name: str, kind: str, sharding: Sharding, start: int, length: int) -> Tensor:
         """Read the entries `[start, start + length)` of a shard, whichever layout wrote them.
 
+        The padding may be another than it was: what there is more of it reads as zeros.
+
         Args:
             name: of the tensor.
             kind: of its kinds.
@@ -217,7 +217,7 @@ class LogicalTensors:
         """
         self._check(name, kind)
         tensor, wanted = self._tensor(name), normalized(sharding)
-        if wanted.logical_shape != self.shape(name):
+        if _unpadded(wanted) != _unpadded(tensor.sharding):
             raise CheckpointError(
                 f"{name} has the shape {self.shape(name)} in {self.folder}, and {wanted.logical_shape} in this model"
             )
@@ -243,17 +243,19 @@ class LogicalTensors:
         """Put a range together from what all fragments hold of it."""
         dim = _matrix_dim(tensor, wanted)
         mine = rectangles(wanted, dim, start, length)
-        flat = torch.empty(length, dtype=tensor.kinds[kind].dtype)
-        found = 0
+        if wanted.logical_shape == tensor.sharding.logical_shape:
+            flat = torch.empty(length, dtype=tensor.kinds[kind].dtype)
+        else:
+            mine = without_padding(mine, wanted, dim)
+            flat = torch.zeros(length, dtype=tensor.kinds[kind].dtype)
+        missing = sum(rectangle.numel for rectangle in mine)
         for fragment in fragments:
             theirs = rectangles(tensor.shard(fragment.shard), dim, fragment.start, fragment.length)
             for here, there in overlaps(mine, theirs):
                 here.of(flat).copy_(there.of(self._map(tensor, kind, fragment)))
-                found += here.numel
-        if found != length:
-            raise CheckpointError(
-                f"{tensor.name} ({kind}): {length - found} of {length} entries are missing in {self.folder}"
-            )
+                missing -= here.numel
+        if missing:
+            raise CheckpointError(f"{tensor.name} ({kind}): {missing} of {length} entries are missing in {self.folder}")
         return flat
 
     def _map(self, tensor: StoredTensor, kind: str, fragment: StoredFragment) -> Tensor:
@@ -295,20 +297,31 @@ class LogicalTensors:
 
 def _same_division(stored: Sharding, wanted: Sharding) -> bool:
     """Whether flat ranges of the two mean the same entries."""
+    if stored.logical_shape != wanted.logical_shape:
+        return False
     if is_whole(stored) or is_whole(wanted):
         return is_whole(stored) and is_whole(wanted)
     return replace(stored, rank=0, padding=0) == replace(wanted, rank=0, padding=0)
 
 
+def _unpadded(sharding: Sharding) -> tuple[int, ...]:
+    """Shape of a tensor without the entries that hold nothing."""
+    dim, shape = sharding.dim, sharding.logical_shape
+    if dim is None:
+        return shape
+    return (*shape[:dim], shape[dim] - sharding.padding, *shape[dim + 1 :])
+
+
 def _matrix_dim(tensor: StoredTensor, wanted: Sharding) -> int:
-    """Return the dimension along which the one, the other or both are divided."""
-    divided = {sharding.dim for sharding in (tensor.sharding, wanted) if not is_whole(sharding)}
-    if len(divided) > 1:
+    """Return the dimension along which the one, the other or both are divided, or padded."""
+    both = (tensor.sharding, wanted)
+    dims = {sharding.dim for sharding in both if not is_whole(sharding) or sharding.padding} - {None}
+    if len(dims) > 1:
         raise CheckpointError(
             f"{tensor.name} was saved divided along dimension {tensor.sharding.dim}, and this model divides it along "
             f"{wanted.dim}: load it on one tensor rank"
         )
-    return next((dim for dim in divided if dim is not None), 0)
+    return next((dim for dim in dims if dim is not None), 0)
 
 
 def _shares(fragments: Sequence[Fragment]) -> Iterator[list[Fragment]]:

@@ -96,6 +96,16 @@ def rectangles(sharding: Sharding, dim: int, start: int, length: int) -> tuple[R
     return tuple(found)
 
 
+def without_padding(found: tuple[Rectangle, ...], sharding: Sharding, dim: int) -> tuple[Rectangle, ...]:
+    """Leave out the columns of entries that hold nothing."""
+    end = math.prod(sharding.logical_shape[dim:]) - sharding.padding * math.prod(sharding.logical_shape[dim + 1 :])
+    return tuple(
+        _part(one, one.row, one.rows, one.column, min(one.columns, end - one.column))
+        for one in found
+        if one.column < end
+    )
+
+
 def overlaps(mine: tuple[Rectangle, ...], theirs: tuple[Rectangle, ...]) -> Iterator[tuple[Rectangle, Rectangle]]:
     """Give what two flat ranges have in common, rectangle by rectangle, each as the one and as the other has it."""
     for one in mine:

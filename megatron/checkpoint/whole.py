@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -10,18 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron.checkpoint.commit import Content, commit, open_staging
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.files import Digest, sync_folder, write_json, write_tensors
+from megatron.checkpoint.files import Digest, write_tensors
 from megatron.checkpoint.fragments import (
     LARGEST_FILE,
-    TENSORS,
     WEIGHT,
     Fragment,
-    describe_tensors,
     fragment_key,
     fragment_record,
     tensors_file,
 )
+from megatron.checkpoint.names import tag_of
+from megatron.checkpoint.retention import remove
 from megatron.parallel.sharding import Sharding
 
 COUNTERS = (
@@ -68,23 +68,21 @@ def write_checkpoint(
         CheckpointError: the folder holds that iteration already, a name comes twice, or a counter is unknown.
         OSError: it cannot be written; `latest` is as it was.
     """
-    name = f"step_{iteration:07d}"
-    target, staging = root / name, root / f".{name}.staging"
-    if target.exists():
-        raise CheckpointError(f"{target} is there already: give another folder, or remove it first")
+    tag = tag_of(iteration)
+    if (root / tag).exists():
+        raise CheckpointError(f"{root / tag} is there already: give another folder, or remove it first")
     counted = {**dict.fromkeys(COUNTERS, 0), **(counters or {}), "iteration": iteration}
     if unknown := sorted(set(counted) - set(COUNTERS)):
         raise CheckpointError(f"a run does not count {', '.join(unknown)}, only {', '.join(COUNTERS)}")
-    root.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    kinds = chain(((name, WEIGHT, tensor) for name, tensor in tensors), states)
-    records, files = _write_tensors(staging, kinds, paddings or {}, largest_file)
-    files[TENSORS] = write_json(staging / TENSORS, describe_tensors(records))
-    files["state.json"] = write_json(staging / "state.json", {"counters": counted, "engine": dict(engine or {})})
-    files["config.json"] = write_json(staging / "config.json", config)
-    _commit(root, staging, target, files)
-    return target
+    staging = open_staging(root, tag)
+    try:
+        kinds = chain(((name, WEIGHT, tensor) for name, tensor in tensors), states)
+        records, files = _write_tensors(staging, kinds, paddings or {}, largest_file)
+        state = {"counters": counted, "layout": {}, "engine": dict(engine or {})}
+        return commit(root, staging, tag, Content(files=files, tensors=records, state=state, config=config))
+    except BaseException:
+        remove(staging)
+        raise
 
 
 def _write_tensors(
@@ -116,16 +114,3 @@ def _shares(
         del tensor  # nothing but the share holds it while the next one is made
     if share:
         yield share
-
-
-def _commit(root: Path, staging: Path, target: Path, files: Mapping[str, Digest]) -> None:
-    """Mark the folder complete, give it its name and point to it, each synced before the next."""
-    manifest = {name: {"bytes": digest.bytes, "sha256": digest.sha256} for name, digest in files.items()}
-    write_json(staging / "manifest.json", {"version": 1, "files": manifest})
-    sync_folder(staging)
-    staging.rename(target)
-    sync_folder(root)
-    pointer = root / ".latest.new"
-    pointer.write_text(f"{target.name}\n", encoding="utf-8")
-    pointer.replace(root / "latest")
-    sync_folder(root)

@@ -92,6 +92,8 @@ _ALIASES = (
     _alias("distribute-checkpointed-activations", "--distribute-saved-activations"),
     _alias("partition-activations", "--distribute-saved-activations"),
     _alias("checkpoint-in-cpu", "--recompute-inputs-on-host"),
+    _alias("override-lr-scheduler", "--override-opt-param-scheduler"),
+    _alias("use-checkpoint-lr-scheduler", "--use-checkpoint-opt-param-scheduler"),
 )
 
 _IGNORED = (
@@ -141,8 +143,7 @@ _IGNORED = (
     _ignored("memory is given back to the device by PyTorch's allocator", "empty-unused-memory-level="),
     _ignored("kept activations lie where PyTorch's allocator puts them", "contigious-checkpointing"),
     _ignored("it had no effect in the older system", "scattered-embeddings tile-factor= no-load-lr-state"),
-    _ignored("the schedule always follows the flags of this run", "override-opt-param-scheduler"),
-    _ignored("a missing checkpoint is an error unless --load-if-exists is given", "exit-on-missing-checkpoint"),
+    _ignored("a checkpoint of any layout loads under every other", "universal-checkpoint"),
     _ignored(
         "dataset files are mapped into memory and read on demand", "mmap-warmup no-create-attention-mask-in-dataloader"
     ),
@@ -177,9 +178,6 @@ _NO_KD = "knowledge distillation: " + _NOT_YET + "train the student on its own"
 _NO_FP8 = "Transformer Engine and fp8: " + _NOT_YET + "use --precision bf16"
 _NO_PIPELINE_SCHEDULE = "pipeline schedules: " + _NOT_YET + "drop the flag"
 _NO_FPDT = "Ulysses FPDT: " + _NOT_YET + "drop the flag, and use --recompute-granularity full for long sequences"
-_NO_PARTIAL = (
-    "loading or saving a part of a checkpoint: " + _NOT_YET + "a run resumes with all its state, or starts anew"
-)
 _NO_PROFILER = "profiling: " + _NOT_YET + "run it under `nsys profile` or py-spy"
 _NO_INDEX_FILES = "index files are built and cached by content: name the data with --data-path and --data-cache-path"
 
@@ -253,14 +251,8 @@ _REFUSED = (
         "split-transformers memory-centric-tiled-linear",
     ),
     _refused("deferred initialisation is for embedding this program in another: drop the flag", "lazy-mpu-init="),
-    _refused(_NO_PARTIAL, "no-save-optim no-save-rng no-load-optim finetune reset-iteration"),
-    _refused(_NO_PARTIAL + "; the newest complete one is taken", "load-tag="),
-    _refused(
-        "the schedule always follows the flags of this run: give them again", "use-checkpoint-opt-param-scheduler"
-    ),
+    _refused("--finetune starts at iteration 0, with a fresh optimizer: use it instead", "reset-iteration"),
     _refused("give the saved flags with --config instead", "use-checkpoint-args"),
-    _refused("universal checkpoints: " + _NOT_YET + "resume with the layout that saved", "universal-checkpoint"),
-    _refused("asynchronous saving: " + _NOT_YET + "raise --save-interval", "async-save"),
     _refused(
         "statistics of optimizer state: " + _NOT_YET + "the gradient norm is always reported",
         """

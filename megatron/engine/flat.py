@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import deepspeed
@@ -20,14 +19,26 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.fragments import Fragment, LogicalTensors
 from megatron.config.errors import ConfigError
-from megatron.engine.checkpoint_files import CheckpointFiles, read_file
+from megatron.engine.fragments import (
+    fragments_of,
+    kinds_of,
+    read_places,
+    refresh_weights,
+    step_of,
+    stepped_by,
+    type_of,
+)
 from megatron.engine.interface import Engine, MicroBatch, StepResult
 from megatron.engine.launch import quiet_stdout
 from megatron.engine.mpu import DeepSpeedGroups
 from megatron.engine.zero import prepare_zero, restore_globals
 from megatron.parallel.collectives import reduce_from_group
 from megatron.parallel.groups import ParallelGroups
+
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What changes of a dynamic loss scale while a run trains."""
 
 
 def build_flat_engine(
@@ -96,12 +107,8 @@ class FlatEngine:
         self._engine = engine
         self._replicas = groups.replicas
         self._tensor = groups.tensor
+        self._groups = groups
         self._sharded = engine.zero_optimization_stage() > 0
-        self._hyperparameters = [
-            {key: value for key, value in group.items() if key != "params"} for group in self._param_groups
-        ]
-        engine.checkpoint_engine = CheckpointFiles()
-        engine._copy_recovery_script = lambda save_path: None  # it copies scripts beside the checkpoint
         if self._scaler is not None:
             # At the lowest scale DeepSpeed would end the run; here such a step is one more that is skipped and counted.
             self._scaler.raise_error_at_min_scale = False
@@ -139,28 +146,36 @@ class FlatEngine:
         self._sum_over_replicas(loss_sum)
         return loss_sum, self._count_tokens(micro_batches)
 
-    def save(self, directory: Path) -> None:
-        """See `Engine.save`."""
-        with quiet_stdout():
-            # DeepSpeed would let `latest` point here before the other ranks have written their files.
-            self._engine.save_checkpoint(str(directory.parent), tag=directory.name, save_latest=False)
+    def state_fragments(self) -> Iterator[Fragment]:
+        """See `Engine.state_fragments`."""
+        return fragments_of(self.module, self._engine.optimizer, self._groups)
 
-    def load(self, directory: Path) -> None:
+    def state(self) -> dict[str, Any]:
+        """See `Engine.state`."""
+        optimizer, scaler = stepped_by(self._engine.optimizer), self._scaler
+        dynamic = isinstance(scaler, DynamicLossScaler)
+        return {
+            "optimizer": {
+                "type": type_of(optimizer),
+                "step": step_of(optimizer),
+                "kinds": list(kinds_of(optimizer)) if any(optimizer.state.values()) else [],
+            },
+            "loss_scaler": {name: getattr(scaler, name) for name in SCALER_STATE} if dynamic else None,
+        }
+
+    def load(self, tensors: LogicalTensors, state: Mapping[str, Any] | None, *, optimizer: bool = True) -> None:
         """See `Engine.load`."""
-        self._require_files(directory)
-        self._require_same_layout(directory)
-        clip_grad = getattr(self._engine.optimizer, "clip_grad", None)
-        scaler = self._scaler
+        problem: Exception | None = None
+        try:
+            step = _saved_step(state or {}, stepped_by(self._engine.optimizer), tensors) if optimizer else None
+            read_places(self.module, self._engine.optimizer, self._groups, tensors, step)
+            if optimizer and isinstance(self._scaler, DynamicLossScaler):
+                _take_over_state(self._scaler, (state or {}).get("loss_scaler"))
+        except Exception as error:  # of whatever kind: the other ranks wait to hear of it
+            problem = error
+        _raise_together(problem, tensors, self.device)
         with quiet_stdout():
-            self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
-        # A checkpoint continues the state; what the flags say holds as of this run.
-        for group, values in zip(self._param_groups, self._hyperparameters, strict=True):
-            group.update(values)
-        if clip_grad is not None:
-            self._engine.optimizer.clip_grad = clip_grad
-        if scaler is not None:
-            _take_over_state(scaler, self._engine.optimizer.loss_scaler)
-            self._engine.optimizer.loss_scaler = scaler
+            refresh_weights(self._engine.optimizer)
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -267,57 +282,46 @@ class FlatEngine:
         square = torch.nn.utils.get_total_norm(counted).to(self.device, torch.float64).square()
         return reduce_from_group(square, self._tensor).sqrt().float()
 
-    def _model_file(self, directory: Path) -> Path:
-        return Path(self._engine._get_ckpt_name(str(directory.parent), directory.name))
 
-    def _files(self, directory: Path) -> list[Path]:
-        """List what this rank reads of a checkpoint."""
-        files = [self._model_file(directory)]
-        if self._sharded:
-            files.append(Path(self._engine._get_zero_ckpt_name(str(directory.parent), directory.name)))
-        return files
+def _saved_step(state: Mapping[str, Any], optimizer: torch.optim.Optimizer, tensors: LogicalTensors) -> int | None:
+    """Return after how many updates the optimizer's states were saved; None where it had none yet.
 
-    def _require_files(self, directory: Path) -> None:
-        """Raise on all ranks together when one of them lacks a file: DeepSpeed would let the others go on alone."""
-        missing = [file for file in self._files(directory) if not file.is_file()]
-        lacking = torch.tensor(float(bool(missing)), device=self.device)
-        dist.all_reduce(lacking)
-        if lacking.item():
-            what = f"{missing[0]} is missing" if missing else f"{lacking.item():.0f} ranks lack their files"
-            raise CheckpointError(
-                f"checkpoint {directory}: {what}; it is incomplete, or was saved with another number of ranks, "
-                "--zero-stage or --precision"
-            )
-
-    def _require_same_layout(self, directory: Path) -> None:
-        """Raise when the optimizer's state in the files is cut or kept in another way than this engine's."""
-        content = read_file(self._model_file(directory), mmap=True)
-        then = _describe_layout(content["ds_config"], content["dp_world_size"], content["mp_world_size"])
-        now = _describe_layout(self._engine.config, self._replicas.size, self._engine.mp_world_size)
-        changes = [f"{name} {then[name]}, not {now[name]}" for name in now if then[name] != now[name]]
-        if changes:
-            raise CheckpointError(f"checkpoint {directory} was saved with {', '.join(changes)}: resume with the same")
+    Raises:
+        CheckpointError: the checkpoint is without states, or of another optimizer.
+    """
+    saved = state.get("optimizer")
+    if saved is None:
+        raise CheckpointError(
+            f"{tensors.folder} was saved without the optimizer's state: add --no-load-optim to go on with its weights"
+        )
+    if saved["type"] != type_of(optimizer):
+        raise CheckpointError(
+            f"{tensors.folder} was saved with --optimizer {saved['type']}, and this run has {type_of(optimizer)}, "
+            "whose state is another: start with the same, or add --no-load-optim"
+        )
+    return int(saved["step"]) if saved.get("kinds") != [] else None
 
 
-def _describe_layout(settings: Mapping[str, Any], replicas: int, model_ranks: int) -> dict[str, Any]:
-    """Name what must not change between saving and loading an engine's state."""
-    zero = settings["zero_optimization"]
-    partition = settings["pipeline"].get("partition")
-    num_stages = len(partition.split(",")) if partition else 1
-    return {
-        "data-parallel size": replicas,
-        "--tensor-model-parallel-size": model_ranks // num_stages,
-        "--zero-stage": zero["stage"],
-        "--precision": next((name for name in ("bf16", "fp16") if settings[name]["enabled"]), "fp32"),
-        "gradients summed in": settings["data_types"]["grad_accum_dtype"],
-        "--cpu-optimizer": (zero.get("offload_optimizer") or {}).get("device") == "cpu",
-        "--optimizer": settings["optimizer"]["type"],
-        "--pipeline-partition": partition,
-    }
+def _raise_together(problem: Exception | None, tensors: LogicalTensors, device: torch.device) -> None:
+    """Raise on every rank when one of them has a problem, so that none goes on alone.
+
+    Raises:
+        CheckpointError: says what this rank found, or the first that found something.
+    """
+    failed = torch.tensor(float(problem is not None), device=device)
+    dist.all_reduce(failed)
+    if not failed.item():
+        return
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if problem is None else str(problem))
+    if isinstance(problem, CheckpointError):
+        raise problem
+    rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
+    raise CheckpointError(f"rank {rank} cannot load {tensors.folder}: {message}") from problem
 
 
-def _take_over_state(scaler: Any, loaded: Any) -> None:
+def _take_over_state(scaler: DynamicLossScaler, saved: Mapping[str, float] | None) -> None:
     """Continue a dynamic loss scale where the checkpoint left it; its rules, and a constant scale, are the flags'."""
-    if isinstance(scaler, DynamicLossScaler) and isinstance(loaded, DynamicLossScaler):
-        for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"):
-            setattr(scaler, name, getattr(loaded, name))
+    for name, value in (saved or {}).items():
+        if name in SCALER_STATE:
+            setattr(scaler, name, value)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+
+from megatron.checkpoint.fragments import Fragment, LogicalTensors
 
 
 class MicroBatch(Protocol):
@@ -83,18 +84,35 @@ class Engine(Protocol):
         """Return the sum of token losses and the number of unmasked tokens over all ranks, two 0-d fp64 tensors."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write this rank's files into `directory`, on disk (synced) when it returns. Every rank calls it."""
+    def state_fragments(self) -> Iterator[Fragment]:
+        """Give what this rank writes of the weights and of the optimizer's states: views, valid until the next step.
+
+        What all ranks give is the whole model, each entry once.
+        """
         ...
 
-    def load(self, directory: Path) -> None:
-        """Continue from what `save` wrote, bit for bit; called before the first step of a new engine.
-
-        Every rank calls it, in the layout that saved. What the settings say (betas, clipping, the loss scale's rules)
-        holds as of this engine; the checkpoint brings weights, optimizer state and the current loss scale.
+    def state(self) -> dict[str, Any]:
+        """Give what else a checkpoint has to hold, the same on every rank, for JSON: counts and the loss scale.
 
         Raises:
-            CheckpointError: a file is missing, damaged, or of another layout.
+            CheckpointError: it cannot be said.
+        """
+        ...
+
+    def load(self, tensors: LogicalTensors, state: Mapping[str, Any] | None, *, optimizer: bool = True) -> None:
+        """Continue from a checkpoint that any layout wrote; called before the first step of a new engine.
+
+        Every rank calls it, and all of them raise when one has a reason to. In the layout that saved, the run
+        continues bit for bit. What the settings say (betas, clipping, the loss scale's rules) holds as of this engine;
+        the checkpoint brings weights, optimizer state and the current loss scale.
+
+        Args:
+            tensors: of the checkpoint.
+            state: what `state` gave; not needed for the weights alone.
+            optimizer: whether to continue the optimizer's state and the loss scale, too.
+
+        Raises:
+            CheckpointError: a tensor is missing, of another shape or another optimizer, or a file is damaged.
         """
         ...
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -65,8 +64,7 @@ def build_pipeline_engine(
     Raises:
         ConfigError: DeepSpeed refuses a setting.
     """
-    pipeline = {**settings["pipeline"], "partition": ",".join(map(str, stage.counts))}  # a note for the checkpoint
-    engine = initialize(stage, param_groups, {**settings, "pipeline": pipeline})
+    engine = initialize(stage, param_groups, settings)
     return PipelinedEngine(engine, stage, groups, device)
 
 
@@ -247,11 +245,6 @@ class PipelinedEngine(FlatEngine):
         """Let DeepSpeed take all micro-batches through the pipeline, and the optimizer step at the end."""
         self._loss = self._engine.train_batch(self._batches)
         self._engine.timers(TRAIN_BATCH_TIMER).reset()  # it would keep the time of every step
-
-    def _files(self, directory: Path) -> list[Path]:
-        stage = self._stage
-        layers = [index for index, layer in enumerate(stage.forward_funcs) if isinstance(layer, nn.Module)]
-        return [*super()._files(directory), *(Path(stage.ckpt_layer_path(str(directory), index)) for index in layers)]
 
 
 def _materialize(layer: nn.Module, device: torch.device) -> None:

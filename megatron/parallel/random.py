@@ -12,14 +12,13 @@ everything, and what is stored does not depend on the number of tensor ranks.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron.config.errors import ConfigError
 from megatron.parallel.groups import Group, ParallelGroups
 
 SEED_RANGE = 2**62
@@ -36,17 +35,20 @@ class RandomStreams:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def seed(self, seed: int, groups: ParallelGroups) -> None:
+    def seed(self, seed: int, groups: ParallelGroups, iteration: int = 0) -> None:
         """Start all streams: the same on the ranks of a tensor group, different on any two other ranks.
 
         Args:
             seed: of the run, not negative.
             groups: tell the rank's place.
+            iteration: optimizer steps that were done before: a run that starts new streams in its middle does not draw
+                again what it drew at its beginning.
         """
-        place = groups.pipeline.rank * groups.data.size + groups.data.rank
-        place = place * groups.ulysses.size + groups.ulysses.rank
         # Seeds of one run are neighbours, so no two are equal, and far from those of a run with a neighbouring seed.
-        start = _draw_seed(torch.Generator().manual_seed(seed)) + place
+        start = _draw_seed(torch.Generator().manual_seed(seed))
+        if iteration:
+            start = _draw_seed(torch.Generator().manual_seed(start + iteration))
+        start += stream_number(groups)
         torch.manual_seed(start)  # the CPU and every device
         np.random.seed(start % 2**32)
         random.seed(start)
@@ -69,26 +71,25 @@ class RandomStreams:
             state["device"] = torch.get_device_module(self.device).get_rng_state(self.device)
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue every stream where `state_dict` was called.
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether `state` was saved by a run on the same kind of device."""
+        return ("device" in state) == (self.device.type != "cpu")
 
-        Raises:
-            ConfigError: the state was saved by a run on the CPU and this one computes on another device.
-        """
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue every stream where `state_dict` was called, by a run on the same kind of device."""
         if self.device.type != "cpu":
-            if "device" not in state:
-                raise ConfigError(
-                    [
-                        f"the random state was saved by a run on the CPU and cannot continue on {self.device}: "
-                        "resume with --no-load-rng"
-                    ]
-                )
             torch.get_device_module(self.device).set_rng_state(state["device"].cpu(), self.device)
         torch.set_rng_state(state["cpu"].cpu())
         numpy, python = state["numpy"], state["python"]
         key = numpy["key"].cpu().numpy().astype(np.uint32)
         np.random.set_state(("MT19937", key, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
         random.setstate((python["version"], tuple(python["key"].tolist()), python["gauss"]))
+
+
+def stream_number(groups: ParallelGroups) -> int:
+    """Tell the place of a rank among those that draw apart, from 0: all of the mesh, a tensor group being one."""
+    place = groups.pipeline.rank * groups.data.size + groups.data.rank
+    return place * groups.ulysses.size + groups.ulysses.rank
 
 
 def seed_everything(seed: int, groups: ParallelGroups, device: torch.device) -> RandomStreams:

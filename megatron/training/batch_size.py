@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from megatron.training.state import TrainState, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +37,41 @@ class BatchSize:
             return self.final
         return self.start + int(consumed_samples / (self.ramp_samples / increments)) * self.increment
 
-    def samples_of(self, iterations: int) -> int:
-        """Count the samples that the first `iterations` steps consume."""
-        samples = done = 0
+    def samples_of(self, iterations: int, consumed: int = 0) -> int:
+        """Count the samples that the next `iterations` steps consume, after `consumed` ones."""
+        samples, done = consumed, 0
         while done < iterations and self.at(samples) < self.final:
             samples += self.at(samples)
             done += 1
-        return samples + (iterations - done) * self.final
+        return samples - consumed + (iterations - done) * self.final
 
-    def iterations_of(self, samples: int) -> int:
-        """Count the steps until at least `samples` are consumed."""
-        consumed = done = 0
+    def iterations_of(self, samples: int, consumed: int = 0) -> int:
+        """Count the steps until at least `samples` are consumed, after `consumed` ones."""
+        done = 0
         while consumed < samples and self.at(consumed) < self.final:
             consumed += self.at(consumed)
             done += 1
         return done - (consumed - samples) // self.final if consumed < samples else done
+
+
+def steps_left(limits: Mapping[Unit, int], batch_size: BatchSize, seq_length: int, state: TrainState) -> int | None:
+    """Count the steps from `state` to the first of the limits; None without any.
+
+    Args:
+        limits: of the whole training, by unit.
+        batch_size: of each step.
+        seq_length: tokens of a sample, from here on.
+        state: what was done before.
+    """
+    left = {unit: max(limit - state.progress(unit), 0) for unit, limit in limits.items()}
+    if "tokens" in left:
+        left["tokens"] = -(-left["tokens"] // seq_length)
+    return min(
+        (
+            count
+            if unit == "iterations"
+            else batch_size.iterations_of(count + state.consumed_samples, state.consumed_samples)
+            for unit, count in left.items()
+        ),
+        default=None,
+    )

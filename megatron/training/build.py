@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.store import CheckpointStore
 from megatron.config.deepspeed_json import read_deepspeed_json
 from megatron.config.sections import RunConfig
 from megatron.data.tokenizer.build import build_tokenizer
@@ -30,37 +29,27 @@ from megatron.model.gpt import GPT, padded_vocab_size
 from megatron.model.init import draw_parameters, initialize_parameters
 from megatron.parallel.groups import ParallelGroups
 from megatron.parallel.sharding import describe_sharding
-from megatron.training.batch_size import BatchSize
-from megatron.training.checkpoint import (
-    CheckpointWriter,
-    find_checkpoint,
-    read_checkpoint,
-    read_streams,
-    refuse_foreign,
-)
-from megatron.training.inputs import Inputs, open_inputs
+from megatron.training.batch_size import BatchSize, steps_left
+from megatron.training.checkpoint import CheckpointWriter
+from megatron.training.inputs import Inputs, Lookahead, open_inputs
 from megatron.training.metrics import SpeedModel, peak_tflops
 from megatron.training.param_groups import build_param_groups
 from megatron.training.params_norm import params_norm
 from megatron.training.pipeline import balance_stages, describe_pipeline
 from megatron.training.place import Place, join_ranks
+from megatron.training.progress import PlainConsole
+from megatron.training.proof import NextSamples, Proof, describe_run
 from megatron.training.recompute import Recompute, build_recompute, unit_shape
 from megatron.training.report import Reporter, build_reporter
-from megatron.training.resume import check_fits, check_layout
-from megatron.training.schedule import build_learning_rate, build_weight_decay, training_length
+from megatron.training.resume import Resume, continue_schedule, find_resume, restore
+from megatron.training.schedule import Schedule, build_learning_rate, build_weight_decay, training_length
 from megatron.training.state import TrainState
+from megatron.training.step_log import STEPS, StepLog
 from megatron.training.stop import SignalFlag, StopRules
 from megatron.training.trainer import Cadence, Plan, Trainer
+from megatron.training.verify import Watch, verify_resume
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resume:
-    """A checkpoint that was found whole and fits this run."""
-
-    path: Path
-    state: TrainState
 
 
 def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
@@ -74,41 +63,47 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         place = join_ranks(config.parallel, config.training.seed, environment)
         tokenizer = build_tokenizer(config.data)
         config = with_partition(config, tokenizer.vocab_size)
+        say_early = PlainConsole(None).say if place.control.is_first else _nobody_hears
+        resume = find_resume(
+            config.checkpoint, config.to_json(), place, tokenizer, trains=not config.training.skip_train, say=say_early
+        )
+        state = TrainState() if resume is None else resume.state
         attention, reason = pick_attention(config.kernels.attention_backend, _attention_request(config, place.device))
         recompute = _plan_recompute(config, place, attention)
-        plan = build_plan(config, tokenizer.vocab_size, place, recompute)
+        plan = build_plan(config, tokenizer.vocab_size, place, recompute, state)
+        plan = replace(plan, schedule=continue_schedule(plan.schedule, resume, config.checkpoint, say_early))
         reporter = _open_reporter(config, plan, place)
         resources.callback(reporter.close)
-        resume = _find_resume(config, place, reporter.say)
-        state = TrainState() if resume is None else resume.state
-        inputs = _open_inputs(config, plan, place, tokenizer, attention, reporter.say)
-        kernels, kernels_reason = choose_kernels(config.kernels, place.device.type)
-        pipelined = place.groups.pipeline.size > 1
-        in_parts = pipelined or config.engine.zero_stage == 3  # no rank ever holds the whole model
-        model_device = torch.device("meta") if in_parts else place.device
-        model = build_model(config, tokenizer.vocab_size, place.groups, attention, recompute, model_device, kernels)
-        choices = [f" attention: {attention.name}, {reason}", f" kernels: {kernels_reason}", recompute.describe()]
-        for sentence in _describe(config, plan, place, model, choices):
-            reporter.say(sentence)
-        engine = (_build_pipeline if pipelined else _build_flat)(config, model, place)
+        inputs = _open_inputs(config, plan, place, tokenizer, attention, resume, reporter.say)
+        chosen = f" attention: {attention.name}, {reason}"
+        engine = _build_engine(config, tokenizer.vocab_size, place, attention, recompute, plan, chosen, reporter.say)
         resources.callback(engine.close)
         if resume is not None:
-            _restore(resume, engine, place, with_streams=not config.checkpoint.no_load_rng)
+            drops = config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
+            restore(resume, engine, place, config.training.seed, drops=drops, say=reporter.say)
+        batches = inputs.training(state.consumed_samples)
+        proof = _build_proof(config, plan, place, tokenizer, inputs, engine, batches)
+        watch = _build_watch(config, resume, engine, proof, place, state, reporter.say)
+        resources.callback(watch.close)
         reporter.start({"world_size": place.groups.world.size, **state.to_json()})
+        checkpoints = _build_checkpoints(config, place, proof)
+        if checkpoints is not None:
+            resources.callback(checkpoints.close)
         signals = SignalFlag(enabled=config.training.exit_signal_handler)
         return Trainer(
             plan,
             state=state,
             engine=engine,
-            training_batches=inputs.training(state.consumed_samples),
+            training_batches=batches,
             held_out=inputs.held_out(),
             rules=StopRules(config.training, place.control, signals, started=started),
             signals=signals,
             reporter=reporter,
-            checkpoints=_build_checkpoints(config, place),
+            checkpoints=checkpoints,
             params_norm=partial(params_norm, engine.module, place.groups, place.control)
             if config.reporting.log_params_norm
             else None,
+            watch=watch.saw,
             resources=resources.pop_all(),
         )
 
@@ -151,20 +146,17 @@ def with_partition(config: RunConfig, vocab_size: int) -> RunConfig:
     return replace(config, parallel=replace(parallel, pipeline_partition=",".join(map(str, counts))))
 
 
-def build_plan(config: RunConfig, vocab_size: int, place: Place, recompute: Recompute) -> Plan:
-    """Make the schedules and the constants of a run."""
-    training, seq_length = config.training, config.data.seq_length
+def build_plan(config: RunConfig, vocab_size: int, place: Place, recompute: Recompute, state: TrainState) -> Plan:
+    """Make the schedules and the constants of a run that goes on from `state`."""
+    training = config.training
     batch_size = BatchSize.ramped(training.global_batch_size, training.rampup_batch_size)
-    steps_to = {
-        "iterations": lambda limit: limit,
-        "samples": batch_size.iterations_of,
-        "tokens": lambda limit: batch_size.iterations_of(-(-limit // seq_length)),
-    }
-    total_iterations = min((steps_to[unit](limit) for unit, limit in training_length(training).items()), default=None)
+    iterations_left = steps_left(training_length(training), batch_size, config.data.seq_length, state)
     return Plan(
         batch_size=batch_size,
-        learning_rate=build_learning_rate(config.optimizer, training),
-        weight_decay=build_weight_decay(config.optimizer, training),
+        schedule=Schedule(
+            learning_rate=build_learning_rate(config.optimizer, training),
+            weight_decay=build_weight_decay(config.optimizer, training),
+        ),
         speed=_speed_model(config, vocab_size, place, recompute),
         cadence=Cadence(
             log=config.reporting.log_interval,
@@ -173,8 +165,10 @@ def build_plan(config: RunConfig, vocab_size: int, place: Place, recompute: Reco
         ),
         samples_per_micro_step=training.micro_batch_size * place.groups.data.size,
         evaluation_steps=training.eval_iters,
-        total_iterations=total_iterations,
-        total_samples=None if total_iterations is None else batch_size.samples_of(total_iterations),
+        total_iterations=None if iterations_left is None else state.iteration + iterations_left,
+        total_samples=None
+        if iterations_left is None
+        else state.consumed_samples + batch_size.samples_of(iterations_left, state.consumed_samples),
         lowest_loss_scale=training.loss_scale or training.min_loss_scale if training.precision == "fp16" else 1.0,
     )
 
@@ -226,6 +220,7 @@ def _open_inputs(
     place: Place,
     tokenizer: Tokenizer,
     attention: AttentionBackend,
+    resume: Resume | None,
     say: Callable[[str], None],
 ) -> Inputs:
     return open_inputs(
@@ -237,36 +232,9 @@ def _open_inputs(
         trains=not config.training.skip_train,
         tokenizer=tokenizer,
         attention=attention,
+        continued=None if resume is None else resume.continued(override=config.checkpoint.override_data),
         say=say,
     )
-
-
-def _find_resume(config: RunConfig, place: Place, say: Callable[[str], None]) -> Resume | None:
-    checkpoint = config.checkpoint
-    path = None if checkpoint.load is None else find_checkpoint(Path(checkpoint.load), place.control, say)
-    if path is None and checkpoint.load is not None and not checkpoint.load_if_exists:
-        raise CheckpointError(
-            f"--load {checkpoint.load} holds no checkpoint: correct the folder, or add --load-if-exists to start from "
-            "scratch when there is none"
-        )
-    if checkpoint.save is not None:
-        refuse_foreign(Path(checkpoint.save), path, place.control)
-    if path is None:
-        return None
-    saved = read_checkpoint(path)
-    check_layout(saved.state, place.layout)
-    changes = check_fits(saved.config, json.loads(json.dumps(config.to_json())))
-    state = TrainState.from_json(saved.state["counters"])
-    say(f" resuming {path}: iteration {state.iteration}, {state.consumed_samples} samples")
-    if changes:
-        say(f" changed since that checkpoint: {', '.join(changes)}")
-    return Resume(path=path, state=state)
-
-
-def _restore(resume: Resume, engine: Engine, place: Place, *, with_streams: bool) -> None:
-    engine.load(resume.path)
-    if with_streams:
-        place.streams.load_state_dict(read_streams(resume.path, place.control.rank))
 
 
 def _attention_request(config: RunConfig, device: torch.device) -> AttentionRequest:
@@ -281,6 +249,33 @@ def _attention_request(config: RunConfig, device: torch.device) -> AttentionRequ
         softcap=config.model.attention_softcap > 0,
         sequence_length=config.data.seq_length,
     )
+
+
+def _nobody_hears(text: str) -> None:
+    """Take the sentences of the ranks that do not report."""
+
+
+def _build_engine(
+    config: RunConfig,
+    vocab_size: int,
+    place: Place,
+    attention: AttentionBackend,
+    recompute: Recompute,
+    plan: Plan,
+    attention_text: str,
+    say: Callable[[str], None],
+) -> Engine:
+    """Make the model and hand it to DeepSpeed, whole or in stages; say what it is."""
+    kernels, reason = choose_kernels(config.kernels, place.device.type)
+    pipelined = place.groups.pipeline.size > 1
+    in_parts = pipelined or config.engine.zero_stage == 3  # no rank ever holds the whole model
+    device = torch.device("meta") if in_parts else place.device
+    model = build_model(config, vocab_size, place.groups, attention, recompute, device, kernels)
+    for sentence in _describe(
+        config, plan, place, model, [attention_text, f" kernels: {reason}", recompute.describe()]
+    ):
+        say(sentence)
+    return (_build_pipeline if pipelined else _build_flat)(config, model, place)
 
 
 def _build_flat(config: RunConfig, model: GPT, place: Place) -> Engine:
@@ -322,16 +317,63 @@ def _settings(config: RunConfig, place: Place) -> dict[str, Any]:
     )
 
 
-def _build_checkpoints(config: RunConfig, place: Place) -> CheckpointWriter | None:
-    if config.checkpoint.save is None:
+def _build_proof(
+    config: RunConfig,
+    plan: Plan,
+    place: Place,
+    tokenizer: Tokenizer,
+    inputs: Inputs,
+    engine: Engine,
+    batches: Lookahead,
+) -> Proof:
+    device = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else place.device.type
+    samples = NextSamples(engine, batches, micro_batch_size=config.training.micro_batch_size, data=place.groups.data)
+    return Proof(
+        run=describe_run(config.to_json(), place.layout, plan.schedule, inputs.order, device),
+        vocab_size=tokenizer.vocab_size,
+        samples=None if config.training.skip_train else samples,
+    )
+
+
+def _build_watch(
+    config: RunConfig,
+    resume: Resume | None,
+    engine: Engine,
+    proof: Proof,
+    place: Place,
+    state: TrainState,
+    say: Callable[[str], None],
+) -> Watch:
+    """Prove the resume, as far as it is asked for before the first step, and prepare for the steps."""
+    checkpoint, check, log = config.checkpoint, None, None
+    if checkpoint.verify_resume and resume is None:
+        say(" nothing to verify: the training starts from scratch")
+    elif checkpoint.verify_resume and resume is not None:
+        check = verify_resume(resume, engine, proof, place, say)
+    if checkpoint.save is not None and place.control.is_first and not config.training.skip_train:
+        log = StepLog(Path(checkpoint.save) / STEPS, state.iteration, proof.run, say)
+    return Watch(check, log)
+
+
+def _build_checkpoints(config: RunConfig, place: Place, proof: Proof) -> CheckpointWriter | None:
+    checkpoint = config.checkpoint
+    if checkpoint.save is None:
         return None
-    return CheckpointWriter(
-        Path(config.checkpoint.save),
+    store = CheckpointStore(
+        Path(checkpoint.save),
         config=config.to_json(),
+        ranks=place.control,
+        keep_last=checkpoint.keep_last,
+        keep_every=checkpoint.keep_every,
+        background=checkpoint.async_save,
+        time_limit=60.0 * config.parallel.distributed_timeout_minutes,
+    )
+    return CheckpointWriter(
+        store,
         layout=place.layout,
-        control=place.control,
-        streams=place.streams,
-        keep_last=config.checkpoint.keep_last,
+        streams=None if checkpoint.no_save_rng else place.streams,
+        save_optimizer=not checkpoint.no_save_optim,
+        more=proof.facts,
     )
 
 

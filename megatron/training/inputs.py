@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 from megatron.config.data import DataConfig
 from megatron.data.batch import Batch, BatchOptions
@@ -16,7 +18,25 @@ from megatron.kernels.attention.interface import AttentionBackend
 from megatron.parallel.groups import Group
 from megatron.parallel.ulysses import sequence_shard
 from megatron.training.place import Place
+from megatron.training.sample_order import Continued, SampleOrder, open_in_order
 from megatron.training.trainer import Plan
+
+
+class Lookahead(Iterator[Batch]):
+    """Micro-batches of which the next can be looked at before they are taken."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self._seen: deque[Batch] = deque()
+
+    def __next__(self) -> Batch:
+        """Take the next one."""
+        return self._seen.popleft() if self._seen else next(self._batches)
+
+    def peek(self, count: int) -> list[Batch]:
+        """Look at the next ones."""
+        self._seen.extend(islice(self._batches, max(count - len(self._seen), 0)))
+        return list(islice(self._seen, count))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,15 +44,16 @@ class Inputs:
     """The datasets of a run, open."""
 
     datasets: Datasets
+    order: SampleOrder
     options: BatchOptions
     micro_batch_size: int
     num_workers: int
     data: Group
     """The ranks that share the samples."""
 
-    def training(self, consumed_samples: int) -> Iterator[Batch]:
+    def training(self, consumed_samples: int) -> Lookahead:
         """Give this rank's micro-batches after the first `consumed_samples` of all ranks."""
-        return self._batches(self.datasets.train, consumed_samples, self.num_workers)
+        return Lookahead(self._batches(self.datasets.train, consumed_samples - self.order.start, self.num_workers))
 
     def held_out(self) -> dict[str, Callable[[], Iterator[Batch]]]:
         """Give, for each set that there is, what starts its micro-batches from the beginning."""
@@ -65,23 +86,31 @@ def open_inputs(
     trains: bool,
     tokenizer: Tokenizer,
     attention: AttentionBackend,
+    continued: Continued | None,
     say: Callable[[str], None],
 ) -> Inputs:
     """Open the datasets of a run; `say` hears what is worth a line at the start.
 
     Raises:
-        UserError: a file is missing or damaged, or was made with another tokenizer.
+        UserError: a file is missing or damaged, or was made with another tokenizer; the training samples are not those
+            of the checkpoint that is continued.
     """
     held_out = plan.evaluation_steps * plan.batch_size.final
-    datasets = build_datasets(
-        config,
-        num_train=plan.total_samples or 0 if trains else 0,
-        num_valid=held_out,
-        num_test=held_out,
-        seed=seed,
-        tokenizer=tokenizer,
-        who=f"rank {place.control.rank}",
-        note=say,
+    datasets, order = open_in_order(
+        lambda num_train: build_datasets(
+            config,
+            num_train=num_train if trains else 0,
+            num_valid=held_out,
+            num_test=held_out,
+            seed=seed,
+            tokenizer=tokenizer,
+            who=f"rank {place.control.rank}",
+            note=say,
+        ),
+        plan.total_samples or 0,
+        continued if trains else None,
+        {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint},
+        say,
     )
     options = BatchOptions(
         eod_id=tokenizer.eod_id,
@@ -94,6 +123,7 @@ def open_inputs(
     )
     return Inputs(
         datasets=datasets,
+        order=order,
         options=options,
         micro_batch_size=micro_batch_size,
         num_workers=config.num_workers,

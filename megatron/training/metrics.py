@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -87,10 +88,12 @@ class Interval:
 
     Attributes:
         lowest_loss_scale: an overflow at a higher scale is fp16's ordinary search for a scale, no bad result.
+        watch: told iteration, loss and gradient norm of each step when it is read.
         last: values of the last step that the schedules gave.
     """
 
     lowest_loss_scale: float = 1.0
+    watch: Callable[[int, float, float], None] | None = None
     steps: int = 0
     samples: int = 0
     losses: list[float] = field(default_factory=list)
@@ -98,13 +101,14 @@ class Interval:
     loss_scale: float = 1.0
     last: dict[str, float] = field(default_factory=dict)
     _pending: StepResult | None = None
+    _iteration: int = 0
 
     def add(
         self, result: StepResult, state: TrainState, *, samples: int, learning_rate: float, weight_decay: float
     ) -> None:
         """Take the result of a step, and read that of the step before."""
         self.settle(state)
-        self._pending = result
+        self._pending, self._iteration = result, state.iteration
         self.steps += 1
         self.samples += samples
         self.last = {"learning_rate": learning_rate, "weight_decay": weight_decay, "global_batch_size": samples}
@@ -117,6 +121,8 @@ class Interval:
             return
         result, self._pending = self._pending, None
         loss, self.grad_norm, self.loss_scale = float(result.loss), float(result.grad_norm), result.loss_scale
+        if self.watch is not None:
+            self.watch(self._iteration, loss, self.grad_norm)
         searching = result.skipped and result.loss_scale > self.lowest_loss_scale
         bad = not math.isfinite(loss) or not (searching or math.isfinite(self.grad_norm))
         if math.isfinite(loss):

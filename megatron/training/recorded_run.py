@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megatron.checkpoint.fragments import Fragment, LogicalTensors
 from megatron.config.sections import RunConfig
 from megatron.engine.interface import Engine, MicroBatch, StepResult
 from megatron.engine.launchers import RankEnvironment
@@ -114,13 +115,17 @@ class RecordedEngine:
         """See `Engine.evaluate`."""
         return self._engine.evaluate(micro_batches)
 
-    def save(self, directory: Path) -> None:
-        """See `Engine.save`."""
-        self._engine.save(directory)
+    def state_fragments(self) -> Iterator[Fragment]:
+        """See `Engine.state_fragments`."""
+        return self._engine.state_fragments()
 
-    def load(self, directory: Path) -> None:
+    def state(self) -> dict[str, Any]:
+        """See `Engine.state`."""
+        return self._engine.state()
+
+    def load(self, tensors: LogicalTensors, state: Mapping[str, Any] | None, *, optimizer: bool = True) -> None:
         """See `Engine.load`."""
-        self._engine.load(directory)
+        self._engine.load(tensors, state, optimizer=optimizer)
 
     def close(self) -> None:
         """See `Engine.close`."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron.checkpoint.store import Saved
 from megatron.config.errors import UserError
 from megatron.config.reporting import ReportingConfig
 from megatron.training.progress import Console, Record, build_console
@@ -252,6 +253,24 @@ class Reporter:
         values = {name: record[key] for key, name in names.items() if _is_number(record[key])}
         for tracker in self._trackers.values():
             tracker.log(values, record["iteration"])
+
+    def saved(self, saved: Saved) -> None:
+        """Tell of a checkpoint that is complete: its size, how fast it was written, how long the training waited."""
+        gigabytes, waited_ms = saved.num_bytes / 1e9, 1e3 * saved.stalled
+        speed = gigabytes / max(saved.seconds, 1e-9)
+        self.say(
+            f" saved {saved.path}: {gigabytes:.3f} GB in {saved.seconds:.2f} s ({speed:.2f} GB/s), "
+            f"the training waited {waited_ms:.0f} ms"
+        )
+        self._write(
+            {
+                "kind": "save",
+                "iteration": saved.iteration,
+                "bytes": saved.num_bytes,
+                "seconds": saved.seconds,
+                "waited_ms": waited_ms,
+            }
+        )
 
     def say(self, text: str) -> None:
         """Print a sentence."""

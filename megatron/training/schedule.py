@@ -6,12 +6,15 @@ initial rate, as it does in Megatron-LM.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.training import TrainingConfig
-from megatron.training.state import Unit
+from megatron.training.state import TrainState, Unit
 
 FLAG_SUFFIX: dict[Unit, str] = {"iterations": "iters", "samples": "samples", "tokens": "tokens"}
 
@@ -79,6 +82,70 @@ class WeightDecay:
         if self.style == "constant" or progress > self.length:
             return self.end
         return self.start + (1.0 - decayed(self.style, progress / self.length)) * (self.end - self.start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What the optimizer is told at each step."""
+
+    learning_rate: LearningRate
+    weight_decay: WeightDecay
+
+    def at(self, state: TrainState) -> tuple[float, float]:
+        """Learning rate and weight decay of the step that starts in `state`."""
+        rate, decay = self.learning_rate, self.weight_decay
+        return rate.at(state.progress(rate.unit)), decay.at(state.progress(decay.unit))
+
+    def to_json(self) -> dict[str, dict[str, Any]]:
+        """Give all fields as JSON; no end is null."""
+        return {
+            name: {key: None if value == math.inf else value for key, value in part.items()}
+            for name, part in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Schedule:
+        """Read what `to_json` gave.
+
+        Raises:
+            TypeError: a field is missing or unknown.
+            KeyError: one of the two parts is missing.
+        """
+        parts: list[dict[str, Any]] = [
+            {key: math.inf if key == "length" and value is None else value for key, value in values[name].items()}
+            for name in ("learning_rate", "weight_decay")
+        ]
+        return cls(learning_rate=LearningRate(**parts[0]), weight_decay=WeightDecay(**parts[1]))
+
+    def changes(self, new: Schedule) -> list[str]:
+        """List what is otherwise in another schedule, as `--flag old -> new`; empty when both give the same values."""
+        old_values, new_values = self._effective(), new._effective()
+        return [
+            f"{name} {_spoken(old_values.get(name))} -> {_spoken(new_values.get(name))}"
+            for name in {**old_values, **new_values}
+            if old_values.get(name) != new_values.get(name)
+        ]
+
+    def _effective(self) -> dict[str, Any]:
+        """Name the values that decide, by the flags that set them."""
+        rate, decay = self.learning_rate, self.weight_decay
+        suffix = FLAG_SUFFIX[rate.unit]
+        values: dict[str, Any] = {"--lr": rate.peak, "--lr-decay-style": rate.style}
+        if rate.warmup > 0:
+            values |= {"--lr-warmup-init": rate.initial, f"--lr-warmup-{suffix}": rate.warmup}
+        if rate.style != "constant":
+            length = f"--lr-decay-{suffix} (without it --train-{suffix})"
+            values |= {"--min-lr": rate.minimum, length: rate.length}
+        if rate.style == "WSD":
+            values |= {"--lr-wsd-decay-style": rate.wsd_style, f"--lr-wsd-decay-{suffix}": rate.wsd_length}
+        if decay.style == "constant":
+            return values | {"--weight-decay": decay.end}
+        values |= {"--weight-decay-incr-style": decay.style, f"--train-{FLAG_SUFFIX[decay.unit]}": decay.length}
+        return values | {"--start-weight-decay": decay.start, "--end-weight-decay": decay.end}
+
+
+def _spoken(value: Any) -> str:
+    return "nothing" if value is None or value == math.inf else str(value)
 
 
 def training_length(training: TrainingConfig) -> dict[Unit, int]:

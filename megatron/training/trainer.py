@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Protocol
 
+from megatron.checkpoint.store import Saved
 from megatron.engine.interface import Engine, MicroBatch
 from megatron.training.batch_size import BatchSize
 from megatron.training.evaluate import evaluate
 from megatron.training.metrics import Interval, SpeedModel, memory_gib
 from megatron.training.report import Reporter
-from megatron.training.schedule import LearningRate, WeightDecay
+from megatron.training.schedule import Schedule
 from megatron.training.state import TrainState
 from megatron.training.stop import SignalFlag, Stop, StopRules
 from megatron.training.timers import Timers
@@ -44,8 +44,7 @@ class Plan:
     """
 
     batch_size: BatchSize
-    learning_rate: LearningRate
-    weight_decay: WeightDecay
+    schedule: Schedule
     speed: SpeedModel
     cadence: Cadence
     samples_per_micro_step: int
@@ -56,10 +55,16 @@ class Plan:
 
 
 class Checkpoints(Protocol):
-    """Keeps what a later run needs to continue this one."""
+    """Keeps what a later run needs to continue this one. Each call tells of what is kept for good since the last."""
 
-    def save(self, engine: Engine, state: TrainState) -> Path:
-        """Keep it, and return where."""
+    def save(self, engine: Engine, state: TrainState) -> list[Saved]:
+        """Keep it, or begin to while the training goes on."""
+
+    def poll(self) -> list[Saved]:
+        """Look whether what was begun is done, or failed."""
+
+    def finish(self) -> list[Saved]:
+        """Wait until what was begun is done."""
 
 
 class Trainer:
@@ -76,6 +81,7 @@ class Trainer:
         reporter: whom to tell.
         checkpoints: what saves; None saves nothing.
         params_norm: measures the weights for each report; None leaves it out.
+        watch: told iteration, loss and gradient norm of each step, one step late; None tells nobody.
         resources: closed when the run ends, whichever way.
     """
 
@@ -92,6 +98,7 @@ class Trainer:
         reporter: Reporter,
         checkpoints: Checkpoints | None,
         params_norm: Callable[[], float] | None,
+        watch: Callable[[int, float, float], None] | None,
         resources: ExitStack,
     ) -> None:
         self.plan = plan
@@ -104,9 +111,10 @@ class Trainer:
         self._reporter = reporter
         self._checkpoints = checkpoints
         self._params_norm = params_norm
+        self._watch = watch
         self._resources = resources
         self._timers = Timers()
-        self._interval = Interval(plan.lowest_loss_scale)
+        self._interval = Interval(plan.lowest_loss_scale, watch)
         self._first_iteration = self._saved_at = state.iteration
         self._evaluated_at = -1
 
@@ -117,6 +125,8 @@ class Trainer:
             self._timers.take()
             while (stop := self._reason_to_stop()) is None:
                 self._train_step()
+                if self._checkpoints is not None:
+                    self._tell(self._checkpoints.poll())
                 if self._due(cadence.log):
                     self._report()
                 if self._due(cadence.evaluate):
@@ -134,8 +144,7 @@ class Trainer:
     def _train_step(self) -> None:
         state, plan = self.state, self.plan
         samples = plan.batch_size.at(state.consumed_samples)
-        learning_rate = plan.learning_rate.at(state.progress(plan.learning_rate.unit))
-        weight_decay = plan.weight_decay.at(state.progress(plan.weight_decay.unit))
+        learning_rate, weight_decay = plan.schedule.at(state)
         with self._timers.measure("data"):
             micro_batches = list(islice(self._training_batches, samples // plan.samples_per_micro_step))
         with self._timers.measure("step"):
@@ -159,7 +168,7 @@ class Trainer:
                 "timers_ms": {name: 1e3 * spent / interval.steps for name, spent in timers.items()},
             }
         )
-        self._interval = Interval(self.plan.lowest_loss_scale)
+        self._interval = Interval(self.plan.lowest_loss_scale, self._watch)
 
     def _seconds_left(self, seconds_per_sample: float) -> float | None:
         total = self.plan.total_samples
@@ -190,9 +199,13 @@ class Trainer:
             )
             return
         with self._timers.measure("save", part_of_step=False):
-            where = self._checkpoints.save(self.engine, self.state)
+            saved = self._checkpoints.save(self.engine, self.state)
         self._saved_at = self.state.iteration
-        self._reporter.say(f" saved {where}")
+        self._tell(saved)
+
+    def _tell(self, saved: Sequence[Saved]) -> None:
+        for one in saved:
+            self._reporter.saved(one)
 
     def _leave(self, stop: Stop) -> int:
         state = self.state
@@ -207,4 +220,7 @@ class Trainer:
         )
         if stop.save and self._saved_at != state.iteration:
             self._save()
+        if self._checkpoints is not None:
+            with self._timers.measure("save", part_of_step=False):
+                self._tell(self._checkpoints.finish())
         return stop.exit_code

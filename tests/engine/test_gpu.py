@@ -43,11 +43,11 @@ def go_through(case, folder):
     poisoned = step(engine, 3)
     unchanged = all(torch.equal(weight.cpu(), weights[name]) for name, weight in toy.full_weights(engine).items())
     directory = Path(folder) / "-".join(map(str, case.values())) / "step4"
-    engine.save(directory)
+    toy.save(engine, directory)
     straight = [step(engine, index) for index in (4, 5)]
     engine.close()
     engine = toy.build_engine(config)
-    engine.load(directory)
+    toy.load(engine, directory)
     resumed = [step(engine, index) for index in (4, 5)]
     engine.close()
     return steps, weights, poisoned[2] and unchanged, straight, resumed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron.checkpoint.files import read_json, write_json
+from megatron.checkpoint.fragments import describe_tensors, open_tensors, write_fragments
 from megatron.config.engine import EngineConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
@@ -139,6 +142,25 @@ def pretend_fp16_works() -> None:
     from deepspeed.accelerator import get_accelerator
 
     type(get_accelerator()).is_fp16_supported = lambda self: True
+
+
+def save(engine: Any, directory: Path) -> None:
+    """Write what the engine has as a checkpoint does; every rank calls it."""
+    if dist.get_rank() == 0:
+        directory.mkdir(parents=True)
+    dist.barrier()
+    records, _ = write_fragments(directory, dist.get_rank(), engine.state_fragments())
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, records)
+    if dist.get_rank() == 0:
+        write_json(directory / "tensors.json", describe_tensors(record for share in shares for record in share))
+        write_json(directory / "state.json", engine.state())
+    dist.barrier()
+
+
+def load(engine: Any, directory: Path, optimizer: bool = True) -> None:
+    """Continue from what `save` wrote; every rank calls it."""
+    engine.load(open_tensors(directory), read_json(directory / "state.json"), optimizer=optimizer)
 
 
 def full_weights(engine: Any) -> dict[str, Tensor]:

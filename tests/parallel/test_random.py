@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.config.errors import ConfigError
 from megatron.parallel.groups import Group, ParallelGroups
 from megatron.parallel.mesh import AXES, Mesh
 from megatron.parallel.random import RandomStreams, rank_stream, seed_everything
@@ -115,10 +114,21 @@ def test_streams_continue_where_they_were_saved():
     assert [draws(), np.random.standard_normal(), random.gauss()] == expected
 
 
-def test_the_state_of_a_run_on_the_cpu_does_not_continue_on_a_device():
+def test_the_state_of_a_run_on_the_cpu_does_not_fit_a_device():
     state = RandomStreams(CPU).state_dict()
-    with pytest.raises(ConfigError, match="cannot continue on cuda:0: resume with --no-load-rng"):
-        RandomStreams(torch.device("cuda:0")).load_state_dict(state)
+    assert RandomStreams(CPU).fits(state)
+    assert not RandomStreams(torch.device("cuda:0")).fits(state)
+    assert not RandomStreams(CPU).fits(state | {"device": state["cpu"]})
+
+
+def test_streams_that_start_in_the_middle_of_a_run_follow_from_seed_iteration_and_place():
+    def started(seed, iteration, rank):
+        RandomStreams(CPU).seed(seed, groups_of(Mesh(data=2), rank), iteration)
+        return draws()
+
+    places = [(seed, iteration, rank) for seed in (1, 2) for iteration in (0, 1, 5) for rank in (0, 1)]
+    assert len({started(*place) for place in places}) == len(places)
+    assert started(1, 5, 1) == started(1, 5, 1)
 
 
 @pytest.mark.gpu

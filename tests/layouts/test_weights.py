@@ -6,12 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.checkpoint.errors import CheckpointError
-from megatron.engine.checkpoint_files import write_file
-from megatron.engine.module_weights import load_module_weights
-from megatron.parallel.sharding import describe_sharding
 from tests.layouts.recorded import COMMON, MODELS
-from tests.model.tiny import tiny_gpt
 from tests.ranks import run_on_ranks
 from tests.training.runs import run
 from tools import generate_text
@@ -82,17 +77,3 @@ def test_the_text_is_that_of_one_rank(saved, capsys):
         texts.append(capsys.readouterr().out)
     assert texts[1:] == texts[:1] * 3
     assert len(texts[0].split()) > 3
-
-
-def test_without_their_model_shards_are_refused(saved):
-    with pytest.raises(CheckpointError, match="weights of 2 tensor ranks"):
-        load_module_weights(saved[TENSOR, "gpt2"] / "step_0000001")
-
-
-def test_shards_of_another_model_are_named(tmp_path):
-    model = tiny_gpt()
-    name, weight = next(iter(model.named_parameters()))
-    for rank in range(2):
-        write_file({"module": {name: weight.detach()[:3]}}, tmp_path / f"mp_rank_{rank:02d}_model_states.pt")
-    with pytest.raises(CheckpointError, match=rf"{name} has the shape \(3, .*the checkpoint is of another model"):
-        load_module_weights(tmp_path, describe_sharding(model))
