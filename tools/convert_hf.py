@@ -136,10 +136,10 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 def open_checkpoint(root: Path, tag: str | None) -> tuple[Path, dict[str, Any]]:
     """Find the checkpoint to use, verify it, and read the config of its run."""
-    from megatron.training.checkpoint import find_checkpoint, read_checkpoint
+    from megatron.checkpoint.find import find_checkpoint, read_checkpoint
     from megatron.training.control import Control
 
-    path = find_checkpoint(root if tag is None else root / tag, Control.alone(), warn=lambda text: print(text))
+    path = find_checkpoint(root, Control.alone(), lambda text: print(text, file=sys.stderr), tag)
     if path is None:
         raise UserError(
             f"--load {root} holds no checkpoint: give a folder that --save named, or one of its checkpoints"

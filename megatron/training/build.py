@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.store import CheckpointStore
 from megatron.config.deepspeed_json import read_deepspeed_json
 from megatron.config.sections import RunConfig
 from megatron.data.tokenizer.build import build_tokenizer
@@ -30,7 +29,8 @@ from megatron.model.init import draw_parameters, initialize_parameters
 from megatron.parallel.groups import ParallelGroups
 from megatron.parallel.sharding import describe_sharding
 from megatron.training.batch_size import BatchSize, steps_left
-from megatron.training.checkpoint import CheckpointWriter
+from megatron.training.checkpoint import build_checkpoints
+from megatron.training.hugging_face import build_export
 from megatron.training.inputs import Inputs, Lookahead, open_inputs
 from megatron.training.metrics import SpeedModel, peak_tflops
 from megatron.training.param_groups import build_param_groups
@@ -86,7 +86,17 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         watch = _build_watch(config, resume, engine, proof, place, state, reporter.say)
         resources.callback(watch.close)
         reporter.start({"world_size": place.groups.world.size, **state.to_json()})
-        checkpoints = _build_checkpoints(config, place, proof)
+        checkpoints = build_checkpoints(
+            config.checkpoint,
+            config.to_json(),
+            place,
+            time_limit=60.0 * config.parallel.distributed_timeout_minutes,
+            more=proof.facts,
+            hugging_face=build_export(config.model, config.data, config.training.precision)
+            if config.checkpoint.save_hf
+            else None,
+            say=reporter.say,
+        )
         if checkpoints is not None:
             resources.callback(checkpoints.close)
         signals = SignalFlag(enabled=config.training.exit_signal_handler)
@@ -353,28 +363,6 @@ def _build_watch(
     if checkpoint.save is not None and place.control.is_first and not config.training.skip_train:
         log = StepLog(Path(checkpoint.save) / STEPS, state.iteration, proof.run, say)
     return Watch(check, log)
-
-
-def _build_checkpoints(config: RunConfig, place: Place, proof: Proof) -> CheckpointWriter | None:
-    checkpoint = config.checkpoint
-    if checkpoint.save is None:
-        return None
-    store = CheckpointStore(
-        Path(checkpoint.save),
-        config=config.to_json(),
-        ranks=place.control,
-        keep_last=checkpoint.keep_last,
-        keep_every=checkpoint.keep_every,
-        background=checkpoint.async_save,
-        time_limit=60.0 * config.parallel.distributed_timeout_minutes,
-    )
-    return CheckpointWriter(
-        store,
-        layout=place.layout,
-        streams=None if checkpoint.no_save_rng else place.streams,
-        save_optimizer=not checkpoint.no_save_optim,
-        more=proof.facts,
-    )
 
 
 def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, choices: Sequence[str | None]) -> Iterator[str]:

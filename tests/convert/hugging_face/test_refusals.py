@@ -119,7 +119,7 @@ def test_a_tied_head_that_the_files_hold_must_be_the_embedding(tmp_path):
     import_model(folder, tmp_path / "ours")
     weights["lm_head.weight"][5, 5] += 1
     save_file(weights, folder / "model.safetensors")
-    with pytest.raises(ConvertError, match="tie_word_embeddings is true, but lm_head.weight is not the embedding"):
+    with pytest.raises(ConvertError, match=r"tie_word_embeddings is true, but lm_head\.weight is not the embedding"):
         import_model(folder, tmp_path / "others")
 
 
@@ -151,7 +151,7 @@ def test_a_model_that_no_family_has_is_refused_with_a_reason_each():
 def test_a_family_that_lacks_something_and_a_folder_that_is_there_are_refused(tmp_path):
     made = import_model(write_model(tmp_path / "theirs", "qwen3"), tmp_path / "ours")
     tensors, sections = open_tensors(made.path), {"model": made.model, "data": made.data}
-    with pytest.raises(ConvertError, match="^llama: --qk-layernorm is True, not False$"):
+    with pytest.raises(ConvertError, match=r"^llama: --qk-layernorm is True, not False$"):
         export_model(tensors, tmp_path / "again", model_type="llama", **sections)
     with pytest.raises(ConvertError, match="--model-type: model_type 'bert' cannot be converted"):
         export_model(tensors, tmp_path / "again", model_type="bert", **sections)
