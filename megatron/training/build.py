@@ -30,7 +30,7 @@ from megatron.parallel.groups import ParallelGroups
 from megatron.parallel.sharding import describe_sharding
 from megatron.training.batch_size import BatchSize, steps_left
 from megatron.training.checkpoint import build_checkpoints
-from megatron.training.hugging_face import build_export
+from megatron.training.hugging_face import SavesCheckpoints, build_export
 from megatron.training.inputs import Inputs, Lookahead, open_inputs
 from megatron.training.metrics import SpeedModel, peak_tflops
 from megatron.training.param_groups import build_param_groups
@@ -86,17 +86,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         watch = _build_watch(config, resume, engine, proof, place, state, reporter.say)
         resources.callback(watch.close)
         reporter.start({"world_size": place.groups.world.size, **state.to_json()})
-        checkpoints = build_checkpoints(
-            config.checkpoint,
-            config.to_json(),
-            place,
-            time_limit=60.0 * config.parallel.distributed_timeout_minutes,
-            more=proof.facts,
-            hugging_face=build_export(config.model, config.data, config.training.precision)
-            if config.checkpoint.save_hf
-            else None,
-            say=reporter.say,
-        )
+        checkpoints = _build_checkpoints(config, place, proof, reporter.say)
         if checkpoints is not None:
             resources.callback(checkpoints.close)
         signals = SignalFlag(enabled=config.training.exit_signal_handler)
@@ -363,6 +353,21 @@ def _build_watch(
     if checkpoint.save is not None and place.control.is_first and not config.training.skip_train:
         log = StepLog(Path(checkpoint.save) / STEPS, state.iteration, proof.run, say)
     return Watch(check, log)
+
+
+def _build_checkpoints(
+    config: RunConfig, place: Place, proof: Proof, say: Callable[[str], None]
+) -> SavesCheckpoints | None:
+    checkpoint = config.checkpoint
+    return build_checkpoints(
+        checkpoint,
+        config.to_json(),
+        place,
+        time_limit=60.0 * config.parallel.distributed_timeout_minutes,
+        more=proof.facts,
+        hugging_face=build_export(config.model, config.data, config.training.precision) if checkpoint.save_hf else None,
+        say=say,
+    )
 
 
 def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, choices: Sequence[str | None]) -> Iterator[str]:
