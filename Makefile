@@ -1,6 +1,6 @@
 # `make help` lists the targets. Each sets up what it needs (tools/environment.sh says which interpreter it takes).
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test checks docs clean
+.PHONY: help setup quickstart test chaos checks docs clean
 
 environment := tools/environment.sh
 
@@ -16,6 +16,9 @@ quickstart:  ## train a small GPT on the standard library's sources, resume it, 
 
 test:  ## run the test suite on the CPU
 	@$(environment) tools/test.sh
+
+chaos:  ## kill training runs 200 times, resume each and compare every loss bit for bit: about 15 minutes
+	@$(environment) tools/chaos.sh
 
 checks:  ## style, types, floors, shell scripts, generated documents
 	@$(environment) --checks tools/checks.sh

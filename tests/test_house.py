@@ -17,6 +17,10 @@ READS_ENVIRONMENT = {
     "megatron/engine/launch.py",
     "megatron/kernels/cache.py",  # where compiled kernels are, which tools know without a launcher
 }
+PICKLES = {
+    "megatron/engine/local_ranks.py",  # hands calls and answers to its own processes, through pipes; no file
+}
+RUNS_WHAT_IT_READS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 NAMELESS_FILES = {"utils.py", "helpers.py", "common.py", "misc.py", "base.py"}
 
 
@@ -83,6 +87,33 @@ def test_the_environment_is_read_in_two_places():
 def test_checks_outside_the_tests_are_exceptions_with_a_sentence():
     places = [f"{name}:{n.lineno}" for name in package_files() for n in nodes_of(name) if isinstance(n, ast.Assert)]
     assert places == []
+
+
+def test_nothing_reads_a_file_in_a_way_that_may_run_what_is_in_it():
+    """No pickles, by whatever name; only a conversion reads files of torch, with its restricted reader."""
+    places = []
+    for name in package_files():
+        for node in nodes_of(name):
+            if name not in PICKLES and isinstance(node, ast.ImportFrom) and node.module in RUNS_WHAT_IT_READS:
+                places.append(f"{name}:{node.lineno} imports from {node.module}")
+            module = node.value.id if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) else None
+            if name not in PICKLES and module in RUNS_WHAT_IT_READS and not node.attr.endswith("Error"):
+                places.append(f"{name}:{node.lineno} uses {ast.unparse(node)}")
+            if isinstance(node, ast.Call) and (problem := loads_objects(node, name)):
+                places.append(f"{name}:{node.lineno} {problem}")
+    assert places == []
+
+
+def loads_objects(call: ast.Call, name: str) -> str | None:
+    """Say what is wrong with a call of `torch.load` or `numpy.load`."""
+    said = {keyword.arg: getattr(keyword.value, "value", None) for keyword in call.keywords}
+    function = ast.unparse(call.func)
+    if function == "torch.load":
+        converts = name.startswith(("megatron/convert/", "tools/"))
+        return None if converts and said.get("weights_only") is True else "calls torch.load"
+    if function in ("np.load", "numpy.load", "np.save", "numpy.save") and said.get("allow_pickle") is not False:
+        return f"calls {function} without allow_pickle=False"
+    return "unsafe loader" if function in ("yaml.load", "yaml.unsafe_load", "eval", "exec") else None
 
 
 def test_every_file_is_named_for_what_is_in_it():

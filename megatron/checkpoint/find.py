@@ -141,11 +141,13 @@ def _pointed(root: Path, warn: Callable[[str], None]) -> Path | None:
     pointer = root / LATEST
     try:
         content = _read_pointer(pointer)
-        tag = content.decode("ascii").removesuffix("\n")
-        return folder_of(root, tag)
+        folder = folder_of(root, content.decode("ascii").removesuffix("\n"))
     except (OSError, ValueError, CheckpointError) as error:
         warn(f"{pointer} names no checkpoint ({error}): taking the newest of the folder")
         return None
+    if not content.endswith(b"\n"):
+        warn(f"{pointer} does not end its line and may have been cut: taking {folder.name}")
+    return folder
 
 
 def _read_pointer(pointer: Path) -> bytes:

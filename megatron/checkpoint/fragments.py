@@ -119,7 +119,12 @@ def open_tensors(folder: Path) -> LogicalTensors:
     Raises:
         CheckpointError: there is no list of them, or it is damaged.
     """
-    return LogicalTensors(folder, parse_tensors(read_json(folder / TENSORS)))
+    path = folder / TENSORS
+    content = read_json(path)
+    try:
+        return LogicalTensors(folder, parse_tensors(content))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 class LogicalTensors:

@@ -22,10 +22,10 @@ from megatron.checkpoint.commit import Content, commit, open_root, open_staging
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.fragments import Fragment, write_fragments
 from megatron.checkpoint.host_copies import HostCopies
-from megatron.checkpoint.names import rng_file, tag_of
+from megatron.checkpoint.names import iteration_of, rng_file, tag_of
 from megatron.checkpoint.ranks import Ranks
 from megatron.checkpoint.records import Heartbeat, Part, wait_for_records, write_record
-from megatron.checkpoint.retention import remove, retain
+from megatron.checkpoint.retention import clear_leftovers, remove, retain, steps_in
 from megatron.checkpoint.space import Need, check_disk, check_memory, free_space, need_of
 from megatron.checkpoint.streams import write_streams
 
@@ -117,6 +117,20 @@ class CheckpointStore:
         self._time_limit = time_limit
         self._copies = HostCopies()
         self._under_way: _Save | None = None
+
+    def tidy(self, resumed: Path) -> None:
+        """Do what a run that was killed right after its last commit has left undone.
+
+        Args:
+            resumed: the checkpoint that this run resumes, found whole. Where it is the newest of this folder, what is
+                beyond the limits goes, as it would have; a run that is taken back to an older one removes nothing yet.
+        """
+        iteration = iteration_of(resumed.name)
+        if not self._ranks.is_first or iteration is None or resumed.resolve().parent != self._root.resolve():
+            return
+        clear_leftovers(self._root)
+        if iteration == max(steps_in(self._root)):
+            retain(self._root, iteration, **self._retain)
 
     def save(self, snapshot: Snapshot) -> list[Saved]:
         """Save a checkpoint, or begin to; returns those that are complete now.

@@ -138,6 +138,11 @@ class ModelConfig:
         """Whether the MLP multiplies an activated gate with a second projection."""
         return self.activation_function in GATED_ACTIVATIONS
 
+    @property
+    def drops(self) -> bool:
+        """Whether training draws masks of dropout."""
+        return self.hidden_dropout > 0 or self.attention_dropout > 0
+
     def _default_ffn_hidden_size(self) -> int:
         if self.gated:
             return int(8 * self.hidden_size / 3) // 64 * 64 or 64

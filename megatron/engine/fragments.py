@@ -9,6 +9,7 @@ tells what to write, and where to put what is read.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from megatron.parallel.sharding import Sharding
 
 ADAM = ("exp_avg", "exp_avg_sq")
 SGD = ("momentum_buffer",)
+READING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -146,12 +148,18 @@ def read_places(
     """
     inner = stepped_by(optimizer)
     kinds = () if step is None else kinds_of(inner)
+    copies: list[tuple[Place, str, Tensor]] = []
     for place in places_of(module, optimizer, groups):
         state = _prepared_state(inner, place.flat, kinds, step)
-        for kind, tensor in {WEIGHT: place.flat, **{kind: state[kind] for kind in kinds}}.items():
-            place.view(tensor).copy_(
-                tensors.read_range(place.name, kind, place.sharding, place.start, place.length), non_blocking=False
-            )
+        copies += [(place, WEIGHT, place.flat), *((place, kind, state[kind]) for kind in kinds)]
+
+    def read(copy: tuple[Place, str, Tensor]) -> None:
+        place, kind, tensor = copy
+        place.view(tensor).copy_(tensors.read_range(place.name, kind, place.sharding, place.start, place.length))
+
+    with ThreadPoolExecutor(READING_THREADS) as threads:
+        for _ in threads.map(read, copies):  # raises what a thread has raised
+            pass
     if hasattr(optimizer, "_hp_optimizer_states_linked"):
         optimizer._hp_optimizer_states_linked = False  # DeepSpeed would keep views of the states before
 

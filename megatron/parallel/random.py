@@ -54,7 +54,7 @@ class RandomStreams:
         random.seed(start)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of every stream in tensors and numbers, which `torch.load(weights_only=True)` reads."""
+        """Return the state of every stream in tensors and numbers."""
         _, numpy_key, numpy_position, numpy_has_gauss, numpy_gauss = np.random.get_state(legacy=True)
         version, python_key, python_gauss = random.getstate()
         state = {

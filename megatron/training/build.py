@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron.checkpoint.store import CheckpointStore
 from megatron.config.deepspeed_json import read_deepspeed_json
 from megatron.config.sections import RunConfig
 from megatron.data.tokenizer.build import build_tokenizer
@@ -29,8 +30,8 @@ from megatron.model.init import draw_parameters, initialize_parameters
 from megatron.parallel.groups import ParallelGroups
 from megatron.parallel.sharding import describe_sharding
 from megatron.training.batch_size import BatchSize, steps_left
-from megatron.training.checkpoint import build_checkpoints
-from megatron.training.hugging_face import SavesCheckpoints, build_export
+from megatron.training.checkpoint import CheckpointWriter
+from megatron.training.hugging_face import HuggingFaceCopies, SavesCheckpoints, build_export
 from megatron.training.inputs import Inputs, Lookahead, open_inputs
 from megatron.training.metrics import SpeedModel, peak_tflops
 from megatron.training.param_groups import build_param_groups
@@ -44,10 +45,9 @@ from megatron.training.report import Reporter, build_reporter
 from megatron.training.resume import Resume, continue_schedule, find_resume, restore
 from megatron.training.schedule import Schedule, build_learning_rate, build_weight_decay, training_length
 from megatron.training.state import TrainState
-from megatron.training.step_log import STEPS, StepLog
 from megatron.training.stop import SignalFlag, StopRules
 from megatron.training.trainer import Cadence, Plan, Trainer
-from megatron.training.verify import Watch, verify_resume
+from megatron.training.verify import build_watch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -63,10 +63,9 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         place = join_ranks(config.parallel, config.training.seed, environment)
         tokenizer = build_tokenizer(config.data)
         config = with_partition(config, tokenizer.vocab_size)
-        say_early = PlainConsole(None).say if place.control.is_first else _nobody_hears
-        resume = find_resume(
-            config.checkpoint, config.to_json(), place, tokenizer, trains=not config.training.skip_train, say=say_early
-        )
+        trains = not config.training.skip_train
+        say_early = PlainConsole(None).say if place.control.is_first else lambda text: None
+        resume = find_resume(config.checkpoint, config.to_json(), place, tokenizer, trains=trains, say=say_early)
         state = TrainState() if resume is None else resume.state
         attention, reason = pick_attention(config.kernels.attention_backend, _attention_request(config, place.device))
         recompute = _plan_recompute(config, place, attention)
@@ -79,14 +78,13 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         engine = _build_engine(config, tokenizer.vocab_size, place, attention, recompute, plan, chosen, reporter.say)
         resources.callback(engine.close)
         if resume is not None:
-            drops = config.model.hidden_dropout > 0 or config.model.attention_dropout > 0
-            restore(resume, engine, place, config.training.seed, drops=drops, say=reporter.say)
+            restore(resume, engine, place, config.training.seed, drops=config.model.drops, say=reporter.say)
         batches = inputs.training(state.consumed_samples)
-        proof = _build_proof(config, plan, place, tokenizer, inputs, engine, batches)
-        watch = _build_watch(config, resume, engine, proof, place, state, reporter.say)
+        proof = _build_proof(config, plan, place, tokenizer, inputs, engine, batches, attention.name)
+        watch = build_watch(config.checkpoint, resume, engine, proof, place, state, reporter.say)
         resources.callback(watch.close)
         reporter.start({"world_size": place.groups.world.size, **state.to_json()})
-        checkpoints = _build_checkpoints(config, place, proof, reporter.say)
+        checkpoints = _build_checkpoints(config, place, proof, resume, reporter.say)
         if checkpoints is not None:
             resources.callback(checkpoints.close)
         signals = SignalFlag(enabled=config.training.exit_signal_handler)
@@ -251,10 +249,6 @@ def _attention_request(config: RunConfig, device: torch.device) -> AttentionRequ
     )
 
 
-def _nobody_hears(text: str) -> None:
-    """Take the sentences of the ranks that do not report."""
-
-
 def _build_engine(
     config: RunConfig,
     vocab_size: int,
@@ -325,49 +319,47 @@ def _build_proof(
     inputs: Inputs,
     engine: Engine,
     batches: Lookahead,
+    attention: str,
 ) -> Proof:
     device = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else place.device.type
     samples = NextSamples(engine, batches, micro_batch_size=config.training.micro_batch_size, data=place.groups.data)
     return Proof(
-        run=describe_run(config.to_json(), place.layout, plan.schedule, inputs.order, device),
+        run=describe_run(
+            config.to_json(),
+            place.layout,
+            plan.schedule,
+            inputs.order,
+            {"torch": torch.__version__, "device": device, "attention": attention},
+        ),
         vocab_size=tokenizer.vocab_size,
         samples=None if config.training.skip_train else samples,
     )
 
 
-def _build_watch(
-    config: RunConfig,
-    resume: Resume | None,
-    engine: Engine,
-    proof: Proof,
-    place: Place,
-    state: TrainState,
-    say: Callable[[str], None],
-) -> Watch:
-    """Prove the resume, as far as it is asked for before the first step, and prepare for the steps."""
-    checkpoint, check, log = config.checkpoint, None, None
-    if checkpoint.verify_resume and resume is None:
-        say(" nothing to verify: the training starts from scratch")
-    elif checkpoint.verify_resume and resume is not None:
-        check = verify_resume(resume, engine, proof, place, say)
-    if checkpoint.save is not None and place.control.is_first and not config.training.skip_train:
-        log = StepLog(Path(checkpoint.save) / STEPS, state.iteration, proof.run, say)
-    return Watch(check, log)
-
-
 def _build_checkpoints(
-    config: RunConfig, place: Place, proof: Proof, say: Callable[[str], None]
+    config: RunConfig, place: Place, proof: Proof, resume: Resume | None, say: Callable[[str], None]
 ) -> SavesCheckpoints | None:
     checkpoint = config.checkpoint
-    return build_checkpoints(
-        checkpoint,
-        config.to_json(),
-        place,
+    if checkpoint.save is None:
+        return None
+    store = CheckpointStore(
+        Path(checkpoint.save),
+        config=config.to_json(),
+        ranks=place.control,
+        keep_last=checkpoint.keep_last,
+        keep_every=checkpoint.keep_every,
+        background=checkpoint.async_save,
         time_limit=60.0 * config.parallel.distributed_timeout_minutes,
-        more=proof.facts,
-        hugging_face=build_export(config.model, config.data, config.training.precision) if checkpoint.save_hf else None,
-        say=say,
     )
+    streams = None if checkpoint.no_save_rng else place.streams
+    optimizer = not checkpoint.no_save_optim
+    writer = CheckpointWriter(store, layout=place.layout, streams=streams, save_optimizer=optimizer, more=proof.facts)
+    if resume is not None:
+        writer.tidy(resume.path)
+    if checkpoint.save_hf:
+        export = build_export(config.model, config.data, config.training.precision)
+        return HuggingFaceCopies(writer, Path(checkpoint.save), export, say) if place.control.is_first else writer
+    return writer
 
 
 def _describe(config: RunConfig, plan: Plan, place: Place, model: GPT, choices: Sequence[str | None]) -> Iterator[str]:

@@ -8,10 +8,7 @@ from typing import Any, Protocol
 
 from megatron.checkpoint.fragments import WEIGHT
 from megatron.checkpoint.store import CheckpointStore, Saved, Snapshot
-from megatron.config.checkpoint import CheckpointConfig
 from megatron.engine.interface import Engine
-from megatron.training.hugging_face import Export, HuggingFaceCopies, SavesCheckpoints
-from megatron.training.place import Place
 from megatron.training.state import TrainState
 
 
@@ -53,6 +50,10 @@ class CheckpointWriter:
         self._save_optimizer = save_optimizer
         self._more = more
 
+    def tidy(self, resumed: Path) -> None:
+        """See `CheckpointStore.tidy`."""
+        self._store.tidy(resumed)
+
     def save(self, engine: Engine, state: TrainState) -> list[Saved]:
         """Save, or begin to; see `CheckpointStore.save`."""
         more = dict(self._more())  # first: it may take the model through a step, which ends the views of its state
@@ -80,48 +81,3 @@ class CheckpointWriter:
     def close(self) -> None:
         """See `CheckpointStore.close`."""
         self._store.close()
-
-
-def build_checkpoints(
-    checkpoint: CheckpointConfig,
-    sections: Mapping[str, Any],
-    place: Place,
-    *,
-    time_limit: float,
-    more: Callable[[], Mapping[str, Any]],
-    hugging_face: Export | None,
-    say: Callable[[str], None],
-) -> SavesCheckpoints | None:
-    """Make what saves, as the flags ask for; None where they name no folder.
-
-    Args:
-        checkpoint: the flags.
-        sections: of the run, JSON.
-        place: of this rank.
-        time_limit: seconds that a rank waits for the others to write.
-        more: see `CheckpointWriter`.
-        hugging_face: writes a checkpoint as a model of Hugging Face; None where none is asked for.
-        say: hears what came of that.
-    """
-    if checkpoint.save is None:
-        return None
-    root = Path(checkpoint.save)
-    store = CheckpointStore(
-        root,
-        config=sections,
-        ranks=place.control,
-        keep_last=checkpoint.keep_last,
-        keep_every=checkpoint.keep_every,
-        background=checkpoint.async_save,
-        time_limit=time_limit,
-    )
-    writer = CheckpointWriter(
-        store,
-        layout=place.layout,
-        streams=None if checkpoint.no_save_rng else place.streams,
-        save_optimizer=not checkpoint.no_save_optim,
-        more=more,
-    )
-    if hugging_face is not None and place.control.is_first:
-        return HuggingFaceCopies(writer, root, hugging_face, say)
-    return writer

@@ -78,15 +78,27 @@ class NextSamples:
 
 
 def describe_run(
-    sections: Mapping[str, Any], layout: Mapping[str, int], schedule: Schedule, order: SampleOrder, device: str
+    sections: Mapping[str, Any],
+    layout: Mapping[str, int],
+    schedule: Schedule,
+    order: SampleOrder,
+    software: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Say, as JSON, what the numbers of a run's steps depend on."""
+    """Say, as JSON, what the numbers of a run's steps depend on.
+
+    Args:
+        sections: of the run.
+        layout: ranks on each axis.
+        schedule: that it follows.
+        order: of its samples.
+        software: versions, and what was chosen, by name.
+    """
     described: dict[str, Any] = {
         "config": {name: values for name, values in sections.items() if name not in ("checkpoint", "reporting")},
         "layout": dict(layout),
         "schedule": schedule.to_json(),
         "order": order.to_json(),
-        "software": {"torch": torch.__version__, "device": device},
+        "software": dict(software),
     }
     as_read_back: dict[str, Any] = json.loads(json.dumps(described))  # with lists for tuples
     return as_read_back

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.fragments import LogicalTensors, open_tensors
+from megatron.config.checkpoint import CheckpointConfig
 from megatron.engine.interface import Engine
 from megatron.training.control import Control
 from megatron.training.differences import Kind, changed_values, find_differences, listed
@@ -23,6 +25,7 @@ from megatron.training.place import Place
 from megatron.training.proof import Proof
 from megatron.training.resume import Resume, Say, streams_continue
 from megatron.training.schedule import Schedule
+from megatron.training.state import TrainState
 from megatron.training.step_log import STEPS, RecordedSteps, StepLog, StepNumbers, read_steps
 
 BOUND = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}
@@ -109,6 +112,11 @@ class StepCheck:
         self._say = say
         self._equal = 0
 
+    @property
+    def pending(self) -> bool:
+        """Whether there are steps to compare still."""
+        return bool(self._left)
+
     def saw(self, iteration: int, numbers: StepNumbers) -> None:
         """Compare a step.
 
@@ -142,6 +150,8 @@ class StepCheck:
 class Watch:
     """Takes note of each step: compares it with the recorded one, then records it.
 
+    While there are recorded steps to compare nothing is written, so that they are there still when a comparison fails.
+
     Args:
         check: compares; None: there is nothing to compare.
         log: records; None: another rank does, or nothing is saved.
@@ -150,19 +160,49 @@ class Watch:
     def __init__(self, check: StepCheck | None, log: StepLog | None) -> None:
         self._check = check
         self._log = log
+        self._held: list[tuple[int, StepNumbers]] = []
 
     def saw(self, iteration: int, loss: float, grad_norm: float) -> None:
         """Take the numbers of a step; see `StepCheck.saw`."""
         numbers = StepNumbers.of(loss, grad_norm)
         if self._check is not None:
             self._check.saw(iteration, numbers)
-        if self._log is not None:
-            self._log.write(iteration, numbers)
+        if self._log is None:
+            return
+        self._held.append((iteration, numbers))
+        if self._check is None or not self._check.pending:
+            for step in self._held:
+                self._log.write(*step)
+            self._held.clear()
 
     def close(self) -> None:
         """Close the record."""
         if self._log is not None:
             self._log.close()
+
+
+def build_watch(
+    checkpoint: CheckpointConfig,
+    resume: Resume | None,
+    engine: Engine,
+    proof: Proof,
+    place: Place,
+    state: TrainState,
+    say: Say,
+) -> Watch:
+    """Prove the resume before the first step, where that is asked for, and prepare for the steps.
+
+    Raises:
+        CheckpointError: it is not proven; on all ranks.
+    """
+    check, log = None, None
+    if checkpoint.verify_resume and resume is not None:
+        check = verify_resume(resume, engine, proof, place, say)
+    elif checkpoint.verify_resume:
+        say(" nothing to verify: the training starts from scratch")
+    if checkpoint.save is not None and place.control.is_first and proof.samples is not None:
+        log = StepLog(Path(checkpoint.save) / STEPS, state.iteration, proof.run, say)
+    return Watch(check, log)
 
 
 def verify_resume(

@@ -348,3 +348,13 @@ def test_leftovers_of_killed_saves_are_cleared_by_the_next(tmp_path):
     (tmp_path / ".step_0000001.0123abcd.staging" / "folder").mkdir(parents=True)
     toy.save(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_0000002"]
+
+
+def test_what_a_run_killed_after_its_last_commit_left_is_removed_when_it_is_resumed(tmp_path):
+    toy.save(tmp_path, 1, 2, 3)
+    (tmp_path / ".step_0000001.removed.0123abcd.staging").mkdir()
+    store = toy.open_store(tmp_path, keep_last=1)
+    store.tidy(tmp_path / "step_0000002")  # taken back by hand: nothing is removed yet
+    assert tags(tmp_path) == ["step_0000001", "step_0000002", "step_0000003"]
+    store.tidy(tmp_path / "step_0000003")
+    assert tags(tmp_path) == ["step_0000003"]

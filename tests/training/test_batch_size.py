@@ -1,6 +1,7 @@
 import pytest
 
-from megatron.training.batch_size import BatchSize
+from megatron.training.batch_size import BatchSize, steps_left
+from megatron.training.state import TrainState
 
 
 def sizes(batch, steps):
@@ -36,3 +37,23 @@ def test_steps_and_samples_convert_into_each_other(ramp):
         assert batch.iterations_of(samples) == steps
         assert batch.iterations_of(samples - 1) == steps
         assert batch.iterations_of(samples + 1) == steps + 1
+
+
+@pytest.mark.parametrize("ramp", [(), (4, 4, 24)])
+@pytest.mark.parametrize("seq_length", [16, 40])
+def test_the_steps_that_are_left_end_where_the_limits_are(ramp, seq_length):
+    """Also when sequence length or batch size change on the way: what was consumed counts as it was."""
+    batch = BatchSize.ramped(8, ramp)
+    state = TrainState(iteration=3, consumed_samples=20, consumed_tokens=320)
+    assert steps_left({}, batch, seq_length, state) is None
+    assert steps_left({"iterations": 10}, batch, seq_length, state) == 7
+    assert steps_left({"iterations": 2}, batch, seq_length, state) == 0
+    for unit, limit in {"samples": 70, "tokens": 1000}.items():
+        steps, consumed = 0, {"samples": 20, "tokens": 320}
+        while consumed[unit] < limit:
+            size = batch.at(consumed["samples"])
+            consumed = {"samples": consumed["samples"] + size, "tokens": consumed["tokens"] + size * seq_length}
+            steps += 1
+        assert steps_left({unit: limit}, batch, seq_length, state) == steps
+        assert steps_left({unit: limit, "iterations": 4}, batch, seq_length, state) == 1
+        assert batch.samples_of(steps, 20) == consumed["samples"] - 20

@@ -1,10 +1,11 @@
+import json
 import math
 
 import pytest
 
 from megatron.config.optimizer import OptimizerConfig
 from megatron.config.training import TrainingConfig
-from megatron.training.schedule import LearningRate, WeightDecay, build_learning_rate, build_weight_decay
+from megatron.training.schedule import LearningRate, Schedule, WeightDecay, build_learning_rate, build_weight_decay
 
 PEAK, LOW, START = 1e-2, 1e-3, 1e-4
 
@@ -96,3 +97,58 @@ def test_weight_decay_ramps_over_the_training():
     )
     ours = build_weight_decay(optimizer, TrainingConfig(train_iters=50))
     assert (ours.unit, ours.length, ours.start, ours.end) == ("iterations", 50, 0.0, 0.1)
+
+
+def whole(unit="iterations", length=110, decay=None, **changes):
+    decay = decay or WeightDecay(unit=unit, style="constant", start=0.1, end=0.1, length=length)
+    return Schedule(
+        learning_rate=schedule(changes.pop("style", "cosine"), unit=unit, length=length, **changes), weight_decay=decay
+    )
+
+
+@pytest.mark.parametrize("style", ["constant", "cosine", "WSD"])
+def test_a_schedule_comes_back_from_json(style):
+    one = whole(style=style, length=math.inf)
+    assert Schedule.from_json(json.loads(json.dumps(one.to_json(), allow_nan=False))) == one
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changes"),
+    [
+        (whole(), whole(), []),
+        (whole(), whole(peak=0.5), ["--lr 0.01 -> 0.5"]),
+        (whole(), whole(minimum=0.0), ["--min-lr 0.001 -> 0.0"]),
+        (whole(), whole(length=200), ["--lr-decay-iters (without it --train-iters) 110 -> 200"]),
+        (whole(style="constant"), whole(style="constant", length=200, minimum=0.0), []),
+        (whole(), whole(warmup=5), ["--lr-warmup-iters 10 -> 5"]),
+        (whole(warmup=0), whole(warmup=0, initial=0.0), []),
+        (whole(), whole(wsd_length=5), []),
+        (
+            whole(style="WSD", wsd_length=5),
+            whole(style="WSD", wsd_length=6, wsd_style="linear"),
+            ["--lr-wsd-decay-style exponential -> linear", "--lr-wsd-decay-iters 5 -> 6"],
+        ),
+        (
+            whole(style="constant", warmup=0),
+            whole(style="linear", warmup=0, unit="samples"),
+            [
+                "--lr-decay-style constant -> linear",
+                "--min-lr nothing -> 0.001",
+                "--lr-decay-samples (without it --train-samples) nothing -> 110",
+            ],
+        ),
+        (
+            whole(decay=WeightDecay(unit="iterations", style="linear", start=0.0, end=0.1, length=100)),
+            whole(decay=WeightDecay(unit="iterations", style="linear", start=0.0, end=0.1, length=200)),
+            ["--train-iters 100 -> 200"],
+        ),
+        (
+            whole(),
+            whole(decay=WeightDecay(unit="iterations", style="constant", start=0.2, end=0.2, length=7)),
+            ["--weight-decay 0.1 -> 0.2"],
+        ),
+    ],
+)
+def test_schedules_differ_where_their_values_do(old, new, changes):
+    assert old.changes(new) == changes
+    assert (old.changes(new) == []) == (new.changes(old) == [])
