@@ -47,6 +47,11 @@ class Row:
     seconds: float
     num_bytes: int
 
+    def __str__(self) -> str:
+        """Give the line of it."""
+        gigabytes = self.num_bytes / 1e9
+        return f"{self.what:60} {self.seconds:9.3f} s {gigabytes:9.3f} GB {gigabytes / self.seconds:8.2f} GB/s"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; returns the exit code."""
@@ -56,14 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = read_environment()
     try:
         with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="benchmark-checkpoint-") as own:
-            rows = measure(arguments, words, environment, own)
+            for row in measure(arguments, words, environment, own):
+                if environment.rank == 0:
+                    print(row, flush=True)
     except UserError as error:
         tell(error, rank=environment.rank)
         return 2
-    if environment.rank == 0:
-        for row in rows:
-            gigabytes = row.num_bytes / 1e9
-            print(f"{row.what:60} {row.seconds:9.3f} s {gigabytes:9.3f} GB {gigabytes / row.seconds:8.2f} GB/s")
     return 0
 
 
@@ -81,31 +84,34 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-def measure(arguments: argparse.Namespace, words: Sequence[str], environment: RankEnvironment, own: str) -> list[Row]:
+def measure(
+    arguments: argparse.Namespace, words: Sequence[str], environment: RankEnvironment, own: str
+) -> Iterator[Row]:
     """Save and load in every way that was asked for."""
     from megatron.checkpoint.fragments import open_tensors
 
     trainer, clock = start(words, environment)
     root = Path(clock.control.of_first(own))
-    rows = list(measure_in_place(trainer, clock, root, deepspeed=arguments.deepspeed))
+    num_bytes = 0
+    for row in measure_in_place(trainer, clock, root, deepspeed=arguments.deepspeed):
+        num_bytes = row.num_bytes
+        yield row
     checkpoint = next(root.glob("ours/step_*"))
     state = trainer.engine.state()
-    num_bytes = rows[-1].num_bytes
     trainer.engine.close()
     del trainer
     for flags in arguments.other:
         forget(checkpoint)
         other, clock = start([*words, *shlex.split(flags)], environment, steps=0)
         load = clock.time(partial(other.engine.load, open_tensors(checkpoint), state))
-        rows.append(Row(f"load into {flags}", load, num_bytes))
+        yield Row(f"load into {flags}", load, num_bytes)
         other.engine.close()
         del other
     for ranks in (2, 4):
         forget(checkpoint)
         tensors = open_tensors(checkpoint)
         seconds = clock.time(partial(read_shard, tensors, ranks))
-        rows.append(Row(f"read as the first of {ranks} tensor ranks, to the host", seconds, num_bytes // ranks))
-    return rows
+        yield Row(f"read as the first of {ranks} tensor ranks, to the host", seconds, num_bytes // ranks)
 
 
 def measure_in_place(trainer: Trainer, clock: Clock, root: Path, *, deepspeed: bool) -> Iterator[Row]:
@@ -119,12 +125,6 @@ def measure_in_place(trainer: Trainer, clock: Clock, root: Path, *, deepspeed: b
     yield from measure_torch(trainer, clock, root / f"torch_{control.rank}.pt", size)
     if deepspeed:
         yield from measure_deepspeed(trainer, clock, root / "deepspeed")
-    with closing_store(root / "background", control, background=True) as store:
-        stall = clock.time(lambda: store.save(snapshot(trainer)))
-        rest = clock.time(store.finish)
-    yield Row("save in the background: training waits", stall, size)
-    yield Row("save in the background: until it is complete", stall + rest, size)
-    clear(root / "background", control)
     with closing_store(root / "ours", control) as store:
         yield Row("save", clock.time(lambda: store.save(snapshot(trainer))), size)
     (checkpoint,) = root.glob("ours/step_*")
@@ -134,6 +134,19 @@ def measure_in_place(trainer: Trainer, clock: Clock, root: Path, *, deepspeed: b
     state = engine.state()
     yield Row("load", clock.time(lambda: engine.load(open_tensors(checkpoint), state)), size)
     yield Row("load again, from the page cache", clock.time(lambda: engine.load(open_tensors(checkpoint), state)), size)
+    yield from measure_background(trainer, clock, root / "background", size)
+
+
+def measure_background(trainer: Trainer, clock: Clock, root: Path, size: int) -> Iterator[Row]:
+    """Save while the training could go on: it waits for the copies to the host, which the first save makes room for."""
+    with closing_store(root, clock.control, background=True) as store:
+        for number, which in enumerate(("first", "second")):
+            now = replace(snapshot(trainer), iteration=number)
+            stall = clock.time(partial(store.save, now))
+            rest = clock.time(store.finish)
+            yield Row(f"{which} save in the background: training waits", stall, size)
+            yield Row(f"{which} save in the background: until it is complete", stall + rest, size)
+    clear(root, clock.control)
 
 
 def measure_torch(trainer: Trainer, clock: Clock, path: Path, size: int) -> Iterator[Row]:

@@ -34,11 +34,11 @@ def find_checkpoint(root: Path, ranks: Ranks, warn: Callable[[str], None], tag: 
     Raises:
         CheckpointError: there are checkpoints, and none is whole; or the named one is not.
     """
-    candidates, problem = ranks.of_first(_listed(root, tag, warn) if ranks.is_first else None)
+    paths, problem = ranks.of_first(_listed(root, tag, warn) if ranks.is_first else None)
     if problem is not None:
         raise CheckpointError(problem)
     passed_over: list[str] = []
-    for path in map(Path, candidates):
+    for path in map(Path, paths):
         problem = problem_of(path, ranks)
         if problem is None:
             if passed_over and ranks.is_first:
@@ -49,9 +49,28 @@ def find_checkpoint(root: Path, ranks: Ranks, warn: Callable[[str], None], tag: 
             warn(passed_over[-1])
     if tag is not None:
         raise CheckpointError(f"{passed_over[0]}; give another --load-tag, or none to take the newest that is whole")
-    if candidates:
+    if paths:
         raise CheckpointError(f"no checkpoint in {root} is whole: give --load another folder, or train from scratch")
     return None
+
+
+def candidates(root: Path, warn: Callable[[str], None]) -> list[Path]:
+    """List the checkpoints of a folder, whole or not, the one to resume first: that of `latest`, then the newest.
+
+    Raises:
+        CheckpointError: `latest` is there and no checkpoint is.
+    """
+    if (root / MANIFEST).is_file():
+        return [root]
+    others = [root / tag_of(iteration) for iteration in reversed(steps_in(root))]
+    if not others and not os.path.lexists(root / LATEST):
+        return []
+    pointed = _pointed(root, warn)
+    if not others and pointed is None:
+        raise CheckpointError(f"{root} has {root / LATEST} and no checkpoint: give --load another folder")
+    if pointed is not None and others and pointed != others[0]:
+        warn(f"{root / LATEST} names {pointed.name}, though {others[0].name} is there: taking {pointed.name}")
+    return ([pointed] if pointed else []) + [path for path in others if path != pointed]
 
 
 def refuse_foreign(root: Path, resumed: Path | None, ranks: Ranks) -> None:
@@ -116,24 +135,10 @@ def _expected(path: Path) -> tuple[dict[str, Digest], str | None]:
 def _listed(root: Path, tag: str | None, warn: Callable[[str], None]) -> tuple[list[str], str | None]:
     """List what may be resumed, the best first; and why it cannot be listed."""
     try:
-        paths = _candidates(root, warn) if tag is None else [folder_of(root, tag)]
+        paths = candidates(root, warn) if tag is None else [folder_of(root, tag)]
     except (CheckpointError, OSError) as error:
         return [], str(error)
     return [str(path) for path in paths], None
-
-
-def _candidates(root: Path, warn: Callable[[str], None]) -> list[Path]:
-    if (root / MANIFEST).is_file():
-        return [root]
-    others = [root / tag_of(iteration) for iteration in reversed(steps_in(root))]
-    if not others and not os.path.lexists(root / LATEST):
-        return []
-    pointed = _pointed(root, warn)
-    if not others and pointed is None:
-        raise CheckpointError(f"{root} has {root / LATEST} and no checkpoint: give --load another folder")
-    if pointed is not None and others and pointed != others[0]:
-        warn(f"{root / LATEST} names {pointed.name}, though {others[0].name} is there: taking {pointed.name}")
-    return ([pointed] if pointed else []) + [path for path in others if path != pointed]
 
 
 def _pointed(root: Path, warn: Callable[[str], None]) -> Path | None:

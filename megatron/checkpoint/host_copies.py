@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -27,8 +27,9 @@ class HostCopies:
 
     def take(self, fragments: Sequence[Fragment]) -> list[Fragment]:
         """Copy the fragments; when it returns, what they are views of may change."""
+        devices = {fragment.tensor.device for fragment in fragments}
+        _synchronize(devices)  # the step may have ended on other streams
         copies = []
-        devices = set()
         for fragment in fragments:
             tensor = fragment.tensor.detach()
             if not self._fits(fragment):
@@ -36,16 +37,19 @@ class HostCopies:
                 self._buffers[_key(fragment)] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=not on_host)
             buffer = self._buffers[_key(fragment)]
             buffer.copy_(tensor, non_blocking=True)
-            devices.add(tensor.device)
             copies.append(replace(fragment, tensor=buffer))
-        for device in devices:
-            if device.type != "cpu":
-                torch.get_device_module(device).synchronize(device)
+        _synchronize(devices)
         return copies
 
     def _fits(self, fragment: Fragment) -> bool:
         buffer = self._buffers.get(_key(fragment))
         return buffer is not None and (buffer.shape, buffer.dtype) == (fragment.tensor.shape, fragment.tensor.dtype)
+
+
+def _synchronize(devices: Iterable[torch.device]) -> None:
+    for device in devices:
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize(device)
 
 
 def _key(fragment: Fragment) -> tuple[str, str, int]:

@@ -79,7 +79,8 @@ def folder_of(root: Path, tag: str) -> Path:
         )
     folder = root / tag
     if not folder.is_dir():
-        raise CheckpointError(f"{root} has no checkpoint {tag}")
+        there = sorted(path.parent.name for path in root.glob(f"*/{MANIFEST}"))
+        raise CheckpointError(f"{root} has no checkpoint {tag}; there are: {', '.join(there[-10:]) or 'none'}")
     if folder.resolve().parent != root.resolve():
         raise CheckpointError(f"{folder} is a link that leads out of {root}, from where nothing is loaded")
     return folder

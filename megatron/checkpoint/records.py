@@ -25,7 +25,8 @@ BEAT_SECONDS = 1.0
 SILENT_SECONDS = 120.0
 """How long a rank's sign of life may stay as it is; file systems over a network show it up to a minute late."""
 
-LOOK_SECONDS = 0.02
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 0.5
+"""Between two looks at the folder, in seconds; it grows."""
 
 
 @dataclass(frozen=True)
@@ -115,19 +116,21 @@ def wait_for_records(staging: Path, ranks: Iterable[int], time_limit: float) -> 
     """
     watches = [_Watch(staging, rank) for rank in ranks]
     waiting, problems = list(watches), []
-    deadline = time.monotonic() + time_limit
+    deadline, pause = time.monotonic() + time_limit, SHORTEST_PAUSE
     while waiting:
-        dead = [watch for watch in waiting if watch.is_dead()]
+        names = set(os.listdir(staging))  # one question to the file system, however many ranks there are
+        dead = [watch for watch in waiting if watch.is_dead(names)]
         problems += [f"rank {watch.rank} died while it wrote" for watch in dead]
-        waiting = [watch for watch in waiting if watch not in dead and not watch.has_record()]
+        waiting = [watch for watch in waiting if watch not in dead and watch.record.name not in names]
         if waiting and time.monotonic() > deadline:
             problems.append(f"ranks {[watch.rank for watch in waiting]} did not finish within {time_limit:g} s")
             break
         if waiting:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
     parts = []
     for watch in watches:
-        if watch.has_record():
+        if watch.record.exists():
             try:
                 parts.append(read_record(staging, watch.rank))
             except CheckpointError as error:
@@ -142,23 +145,23 @@ class _Watch:
 
     def __init__(self, staging: Path, rank: int) -> None:
         self.rank = rank
-        self._record = staging / record_file(rank)
+        self.record = staging / record_file(rank)
         self._alive = staging / alive_file(rank)
         self._seen: int | None = None
         self._since = time.monotonic()
 
-    def has_record(self) -> bool:
-        return self._record.exists()
-
-    def is_dead(self) -> bool:
-        if self.has_record():
+    def is_dead(self, names: set[str]) -> bool:
+        if self.record.name in names:
             return False
-        try:
-            beat: int | None = self._alive.stat().st_mtime_ns
-        except OSError:
-            beat = None
+        beat = self._beat() if self._alive.name in names else None
         if beat is None and self._seen is not None:
-            return not self.has_record()  # it is taken away after the record is there, or because there will be none
+            return not self.record.exists()  # the sign of life is taken away after the record is there, if it comes
         if beat != self._seen:
             self._seen, self._since = beat, time.monotonic()
         return time.monotonic() - self._since > SILENT_SECONDS
+
+    def _beat(self) -> int | None:
+        try:
+            return self._alive.stat().st_mtime_ns
+        except OSError:
+            return None

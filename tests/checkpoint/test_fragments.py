@@ -117,6 +117,33 @@ def test_rectangles_hold_every_entry_of_a_range_once(division, ranks, first, las
         assert torch.equal(places, torch.ones(end - start))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 20),
+    st.integers(1, 5),
+    st.sampled_from(RANKS),
+    st.sampled_from(RANKS),
+    st.integers(0, 9),
+    st.floats(0, 1),
+)
+def test_padding_may_be_another_than_it_was(tmp_path_factory, rows, width, saved, loaded, more, cut):
+    def padded(ranks):
+        size = -(-(rows + more * (ranks == loaded)) // ranks) * ranks
+        return Sharding(logical_shape=(size, width), dim=0, padding=size - rows)
+
+    before, after = padded(saved), padded(loaded)
+    tensor = torch.zeros(before.logical_shape)
+    tensor[:rows] = torch.rand(rows, width)
+    tensors = write(tmp_path_factory.mktemp("c"), {"w": (tensor, before)}, saved, [cut])
+    expected = torch.zeros(after.logical_shape)
+    expected[:rows] = tensor[:rows]
+    for sharding in shards(after, loaded):
+        shard = slice_of(expected, sharding).flatten()
+        assert torch.equal(tensors.read_range("w", "weight", sharding, 0, shard.numel()), shard)
+    with pytest.raises(CheckpointError, match="in this model"):
+        tensors.read_range("w", "weight", replace(after, padding=after.padding + 1), 0, 1)
+
+
 QKV = Sharding(logical_shape=(64, 4), dim=0, blocks=(2, 1, 1), groups=4)
 
 

@@ -61,7 +61,7 @@ def resume_each(folder, cases):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    return folder, run_on_ranks(2, resume_each, str(folder), CASES, deepspeed=True)
+    return folder, run_on_ranks(2, resume_each, str(folder), CASES, deepspeed=True, timeout=300)
 
 
 def test_a_resumed_run_continues_bit_for_bit(saved):
@@ -197,7 +197,7 @@ def reshape_each(folder):
 
 def test_every_kind_of_engine_goes_on_from_any_other(saved):
     folder, ran = saved
-    (outcomes,) = run_on_ranks(1, reshape_each, str(folder), deepspeed=True)
+    (outcomes,) = run_on_ranks(1, reshape_each, str(folder), deepspeed=True, timeout=300)
     firsts = {name: moments for name, precision, _, moments in reversed(outcomes) if precision == "fp32"}
     for name, precision, loss, moments in outcomes:
         straight = ran[0][name][1][0][0][0]  # the fourth step of the run that was not interrupted

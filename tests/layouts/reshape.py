@@ -111,7 +111,7 @@ def is_legal(layout: Layout, model: str) -> bool:
     return True
 
 
-def train_pairs(pairs: Sequence[Pair], folder: Path, timeout: float = 300.0) -> list[Outcome]:
+def train_pairs(pairs: Sequence[Pair], folder: Path, timeout: float = 600.0) -> list[Outcome]:
     """Train every pair; processes are started once for each number of ranks, and once more to load."""
     numbered = list(enumerate(pairs))
     straight: dict[int, list[float]] = {}

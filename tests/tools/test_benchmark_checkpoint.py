@@ -1,0 +1,33 @@
+"""The benchmark of checkpoints, on a run that takes no time: every way to save and load has its line."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+RUN = shlex.split(
+    """
+    --num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --vocab-size 40 --mock-data --num-workers 0
+    --precision bf16 --zero-stage 1 --micro-batch-size 1 --global-batch-size 1 --train-iters 2 --lr 1e-3
+    """
+)
+
+
+def test_each_way_to_save_and_load_is_measured_and_nothing_stays(tmp_path):
+    root = Path(__file__).parents[2]
+    tool = [sys.executable, str(root / "tools/benchmark_checkpoint.py"), "--folder", str(tmp_path)]
+    flags = ["--deepspeed", "--other", "--zero-stage 3", *RUN]
+    run = subprocess.run([*tool, *flags], capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr
+    rows = [line for line in run.stdout.splitlines() if line.endswith("GB/s")]
+    for what in ("torch.save", "DeepSpeed's save", "save ", "verify", "load ", "load into --zero-stage 3", "read as"):
+        assert any(row.startswith(what) for row in rows), run.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_that_do_not_fit_are_told(tmp_path):
+    root = Path(__file__).parents[2]
+    tool = [sys.executable, str(root / "tools/benchmark_checkpoint.py"), "--folder", str(tmp_path), *RUN]
+    run = subprocess.run([*tool, "--hidden-size", "15"], capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 2
+    assert "--hidden-size" in run.stderr
