@@ -224,7 +224,8 @@ class LogicalTensors:
         tensor, wanted = self._tensor(name), normalized(sharding)
         if _unpadded(wanted) != _unpadded(tensor.sharding):
             raise CheckpointError(
-                f"{name} has the shape {self.shape(name)} in {self.folder}, and {wanted.logical_shape} in this model"
+                f"{name} has the shape {_in_words(tensor.sharding)} in {self.folder}, and {_in_words(wanted)} in this "
+                "model"
             )
         if start < 0 or start + length > shard_numel(wanted):
             raise ValueError(f"{name}: a shard of {shard_numel(wanted)} entries has no {length} from {start} on")
@@ -315,6 +316,11 @@ def _unpadded(sharding: Sharding) -> tuple[int, ...]:
     if dim is None:
         return shape
     return (*shape[:dim], shape[dim] - sharding.padding, *shape[dim + 1 :])
+
+
+def _in_words(sharding: Sharding) -> str:
+    """Say the shape of a tensor, and how much of it is padding."""
+    return f"{sharding.logical_shape}" + (f" with {sharding.padding} of padding" if sharding.padding else "")
 
 
 def _matrix_dim(tensor: StoredTensor, wanted: Sharding) -> int:

@@ -29,7 +29,7 @@ FIXED: dict[str, str] = {
     "zero_optimization.load_from_fp32_weights": "a resumed run continues bit for bit",
     "zero_optimization.elastic_checkpoint": "a resumed run continues bit for bit",
     "optimizer.params.adam_w_mode": "--optimizer adam is AdamW",
-    "checkpoint.load_universal": "checkpoints are loaded in the layout that saved them",
+    "checkpoint.load_universal": "every checkpoint is loaded in any layout already",
 }
 """Values that the framework relies on; the file may repeat them."""
 

@@ -31,7 +31,7 @@ from tests.ranks import run_on_ranks
 STEPS, SAVED_AFTER = 12, 6
 RUN = shlex.split(
     f"--num-layers 3 --optimizer adam --lr 0.02 --min-lr 0.002 --lr-decay-style cosine --adam-eps 1e-4 --eval-iters 0 "
-    f"--train-iters {STEPS}"
+    f"--train-iters {STEPS} --log-interval {STEPS}"
 )
 """Three blocks, which pipeline stages divide unevenly. A larger epsilon keeps Adam from turning the rounding of
 gradients that cancel into steps."""
