@@ -20,7 +20,7 @@ from megatron.checkpoint.store import Saved
 from megatron.config.data import DataConfig
 from megatron.config.errors import UserError
 from megatron.config.model import ModelConfig
-from megatron.convert.hugging_face.exporting import export_model
+from megatron.convert.hugging_face.exporting import HIDDEN_SUFFIX, export_model
 from megatron.convert.hugging_face.registry import family_for
 from megatron.engine.interface import Engine
 from megatron.training.state import TrainState
@@ -124,11 +124,13 @@ class HuggingFaceCopies:
         target = self._root / FOLDER / checkpoint.name
         try:
             self._outcome = f" saved {target}: {self._export(checkpoint, target)}"
-            self._forget_removed()
+            self._tidy()
         except (UserError, OSError, RuntimeError) as error:  # the training goes on without the copy
             self._outcome = f" not saved: {target}: {error}"
 
-    def _forget_removed(self) -> None:
-        for copy in (self._root / FOLDER).glob("step_*"):
-            if not (self._root / copy.name).exists():
-                shutil.rmtree(copy, ignore_errors=True)
+    def _tidy(self) -> None:
+        """Remove copies whose checkpoint is gone, and what killed runs have begun."""
+        folder = self._root / FOLDER
+        gone = [copy for copy in folder.glob("step_*") if not (self._root / copy.name).exists()]
+        for path in (*gone, *folder.glob(f".step_*{HIDDEN_SUFFIX}")):
+            shutil.rmtree(path, ignore_errors=True)

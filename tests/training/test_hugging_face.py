@@ -78,13 +78,14 @@ def test_training_goes_on_while_a_copy_is_made_and_the_next_save_waits_for_it(tm
     assert len(told) == 2
 
 
-def test_a_copy_goes_with_its_checkpoint(tmp_path, told):
+def test_a_copy_goes_with_its_checkpoint_and_one_half_made_goes_too(tmp_path, told):
     copies = HuggingFaceCopies(Writer(tmp_path, background=False), tmp_path, export, told.append)
     for step in (5, 10):
         copies.save(None, step)
     copies.finish()
     (tmp_path / "step_0000005").rmdir()
     (tmp_path / "hf" / "notes").mkdir()
+    (tmp_path / "hf" / ".step_0000012.staging").mkdir()  # of a run that was killed
     copies.save(None, 15)
     copies.finish()
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["notes", "step_0000010", "step_0000015"]

@@ -96,12 +96,15 @@ def export_model(
     staging = target.with_name(f".{target.name}{HIDDEN_SUFFIX}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    num_bytes, num_parameters = _write_weights(staging, tensors, shards, DTYPES[precision])
-    _write_json(staging / CONFIG, written)
-    _write_json(staging / GENERATION_CONFIG, generation or {"_from_model_config": True, **ids})
-    copied = copy_tokenizer(data, staging)
-    sync_folder(staging)
-    _publish(staging, target)
+    try:
+        num_bytes, num_parameters = _write_weights(staging, tensors, shards, DTYPES[precision])
+        _write_json(staging / CONFIG, written)
+        _write_json(staging / GENERATION_CONFIG, generation or {"_from_model_config": True, **ids})
+        copied = copy_tokenizer(data, staging)
+        sync_folder(staging)
+        _publish(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)  # what did not get its name is of no use
     return Exported(
         path=target, model_type=family.model_type, num_parameters=num_parameters, num_bytes=num_bytes, tokenizer=copied
     )
