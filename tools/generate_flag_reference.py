@@ -27,7 +27,8 @@ has an opposite: `--no-x` for `--x`. Whole numbers may be written like `300e9`.
 `--config FILE` reads flags from a JSON or TOML file (`num_layers = 12`, flat or in tables named like the sections
 below); the command line wins over it. `--deepspeed_config FILE` is DeepSpeed's own JSON: what it says of a flag holds
 where the flag is not given, and must agree with it where it is. `--print-config` prints every effective value with its
-source (default, flag, file, derived) and leaves.
+source (default, flag, file, derived) and leaves. `--use-checkpoint-args` takes the flags of the model that are not
+given, and the tokenizer's when none of them is, from the checkpoint of `--load`.
 """
 
 

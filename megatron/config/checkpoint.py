@@ -25,6 +25,11 @@ class CheckpointConfig:
     async_save: bool = flag(
         False, help="write checkpoints while the training goes on, from copies in the memory of the hosts"
     )
+    save_hf: bool = flag(
+        False,
+        help="write each checkpoint once more as a model of Hugging Face, in the folder hf of --save, while the "
+        "training goes on",
+    )
     no_save_optim: bool = flag(
         False, help="leave the optimizer's state out of checkpoints: they then load with --no-load-optim or --finetune"
     )

@@ -16,7 +16,7 @@ from megatron.config.errors import ConfigError
 from megatron.config.flags import spell
 from megatron.config.sections import SECTIONS, all_flags
 
-RESERVED = frozenset({"config", "print_config", "help"})
+RESERVED = frozenset({"config", "print_config", "use_checkpoint_args", "help"})
 """Flags of the command line itself, which a file cannot set."""
 
 

@@ -63,5 +63,6 @@ class DataConfig:
     vocab_size: int | None = flag(
         None,
         range=at_least(1),
-        help="size of the vocabulary: NullTokenizer and --mock-data need it, else it is checked",
+        help="size of the model's vocabulary: NullTokenizer and --mock-data need it, else it is the tokenizer's, and "
+        "may be larger where a model has rows that no token uses",
     )

@@ -49,6 +49,9 @@ class ModelConfig:
         choices=("learned_absolute", "rope", "none"),
         help="how tokens know their position",
     )
+    scale_embeddings: bool = flag(
+        False, help="multiply word embeddings by sqrt(hidden_size), which a tied output head does not see (Gemma)"
+    )
     rotary_base: float = flag(10000.0, range=POSITIVE, help="theta of the rotary frequencies")
     rotary_percent: float = flag(1.0, range=SHARE, help="share of each head's channels that is rotated")
     rotary_interleaved: bool = flag(

@@ -24,7 +24,7 @@ LOADING = (
 
 def saving_needs_a_place(checkpoint: CheckpointConfig) -> Iterator[str]:
     """What says when and how much to save needs a folder to save to."""
-    for name in ("save_interval", "keep_last", "keep_every", "async_save", "no_save_optim", "no_save_rng"):
+    for name in ("save_interval", "keep_last", "keep_every", "async_save", "save_hf", "no_save_optim", "no_save_rng"):
         value = getattr(checkpoint, name)
         if value and checkpoint.save is None:
             yield f"{_spoken(name, value)} has no effect without --save."

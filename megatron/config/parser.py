@@ -23,6 +23,9 @@ Flags may be written with - or _ between their words; they cannot be shortened; 
 Spellings of older systems are read too: docs/flags.md lists them with their fate."""
 
 
+CHECKPOINT_ARGS = "--use-checkpoint-args"
+
+
 @dataclass
 class Reading:
     """What a list of words says: values by field name, and sentences about the words themselves."""
@@ -32,6 +35,7 @@ class Reading:
     errors: list[str] = field(default_factory=list)
     config_file: str | None = None
     print_config: bool = False
+    use_checkpoint_args: bool = False
 
 
 def read_words(words: Iterable[str]) -> Reading:
@@ -52,6 +56,7 @@ def read_words(words: Iterable[str]) -> Reading:
     named = vars(given)
     reading.config_file = named.pop("config", None)
     reading.print_config = named.pop("print_config", False)
+    reading.use_checkpoint_args = named.pop("use_checkpoint_args", False)
     for name, value in named.items():
         _read_value(all_flags()[name], value, reading)
     return reading
@@ -81,7 +86,7 @@ def unknown_flag(name: str) -> str:
 @functools.cache
 def _spellings() -> Mapping[str, Flag | None]:
     """Every legal spelling with its flag (None for the flags of the command line itself)."""
-    spellings: dict[str, Flag | None] = {"--help": None, "--config": None, "--print-config": None}
+    spellings: dict[str, Flag | None] = dict.fromkeys(("--help", "--config", "--print-config", CHECKPOINT_ARGS))
     for flag in all_flags().values():
         spellings[flag.spelling] = flag
         if flag.negation:
@@ -122,6 +127,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="JSON or TOML file of flags; the command line wins over it")
     parser.add_argument(
         "--print-config", action="store_true", help="print every effective value and where it came from, and leave"
+    )
+    parser.add_argument(
+        CHECKPOINT_ARGS,
+        action="store_true",
+        help="take the flags of the model that are not given, and the tokenizer's when none of them is, from the "
+        "checkpoint of --load",
     )
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(cls.title, cls.__doc__)

@@ -252,7 +252,6 @@ _REFUSED = (
     ),
     _refused("deferred initialisation is for embedding this program in another: drop the flag", "lazy-mpu-init="),
     _refused("--finetune starts at iteration 0, with a fresh optimizer: use it instead", "reset-iteration"),
-    _refused("give the saved flags with --config instead", "use-checkpoint-args"),
     _refused(
         "statistics of optimizer state: " + _NOT_YET + "the gradient norm is always reported",
         """

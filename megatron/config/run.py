@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.config import deepspeed_json
+from megatron.config.checkpoint_args import checkpoint_args
 from megatron.config.config_file import read_config_file
 from megatron.config.derived import batch_sizes_from_accumulation, data_parallel_size, derive
 from megatron.config.errors import ConfigError, tell
@@ -93,6 +94,10 @@ def load_run_config(argv: Sequence[str], world_size: int | None = None) -> Loade
         sources = dict.fromkeys(file.values, f"file {line.config_file}") | sources
     if errors:
         raise ConfigError(errors)
+    if line.use_checkpoint_args:
+        saved, checkpoint = checkpoint_args(values)
+        values |= saved
+        sources |= dict.fromkeys(saved, f"checkpoint {checkpoint}")
     _add_deepspeed_json(values, sources, world_size)
     missing = [flag.spelling for flag in all_flags().values() if flag.required and flag.name not in values]
     if missing:

@@ -47,7 +47,7 @@ def check_tokenizer(indexed: IndexedDataset, tokenizer: TokenizerLike, note: Cal
             f"{meta_path(indexed.prefix)} does not say which tokenizer made {tokens_path(indexed.prefix).name}: only "
             f"the range of its token ids is compared with {tokenizer.name}."
         )
-    elif (made_with.fingerprint, made_with.vocab_size) != (tokenizer.fingerprint, tokenizer.vocab_size):
+    elif made_with.fingerprint != tokenizer.fingerprint or made_with.vocab_size > tokenizer.vocab_size:
         raise DataError(
             f"{tokens_path(indexed.prefix)} was made with the tokenizer {made_with.name} ({made_with.vocab_size} ids, "
             f"{made_with.fingerprint[:12]}), and this run has {tokenizer.name} ({tokenizer.vocab_size} ids, "

@@ -5,6 +5,10 @@ Legend: s sequence, b micro-batch, h hidden.
 
 from __future__ import annotations
 
+import functools
+import math
+
+import torch
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
@@ -24,7 +28,11 @@ class WordEmbedding(VocabParallelEmbedding):
 
 
 class Positions(nn.Module):
-    """Stage 1: the vector of each position, where positions are learned; dropout; the dtype of the residual stream."""
+    """Stage 1: what is done to word vectors before the blocks.
+
+    The scale of the embedding, where there is one; the vector of each position, where positions are learned; dropout;
+    the dtype of the residual stream.
+    """
 
     def __init__(
         self, config: ModelConfig, *, group: Group, sequence_parallel: bool = False, kernels: Kernels = PLAIN
@@ -37,14 +45,23 @@ class Positions(nn.Module):
             if learned
             else None
         )
+        self.scale = math.sqrt(config.hidden_size) if config.scale_embeddings else None
         self.fp32_residual = config.fp32_residual_connection
         shards = group.sequence_shards(sequence_parallel)
         self.dropout = HiddenDropout(config.hidden_dropout, shards=shards, kernels=kernels)
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """[s, b, h] to [s, b, h]; shards [s/t, b, h] to such with sequence parallelism."""
+        if self.scale is not None:
+            hidden = hidden * rounded(self.scale, hidden.dtype)
         if self.fp32_residual:
             hidden = hidden.float()
         if self.table is not None:
             hidden = self.table(hidden, context.position_ids, context.offset)
         return self.dropout(hidden)
+
+
+@functools.cache
+def rounded(factor: float, dtype: torch.dtype) -> float:
+    """Round a factor to a dtype: models whose embeddings are scaled were trained with the factor in theirs."""
+    return torch.tensor(factor, dtype=dtype, device="cpu").item()

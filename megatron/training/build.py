@@ -31,6 +31,7 @@ from megatron.parallel.groups import ParallelGroups
 from megatron.parallel.sharding import describe_sharding
 from megatron.training.batch_size import BatchSize, steps_left
 from megatron.training.checkpoint import CheckpointWriter
+from megatron.training.hugging_face import HuggingFaceCopies, SavesCheckpoints, build_export
 from megatron.training.inputs import Inputs, Lookahead, open_inputs
 from megatron.training.metrics import SpeedModel, peak_tflops
 from megatron.training.param_groups import build_param_groups
@@ -83,7 +84,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         watch = build_watch(config.checkpoint, resume, engine, proof, place, state, reporter.say)
         resources.callback(watch.close)
         reporter.start({"world_size": place.groups.world.size, **state.to_json()})
-        checkpoints = _build_checkpoints(config, place, proof, resume)
+        checkpoints = _build_checkpoints(config, place, proof, resume, reporter.say)
         if checkpoints is not None:
             resources.callback(checkpoints.close)
         signals = SignalFlag(enabled=config.training.exit_signal_handler)
@@ -335,7 +336,9 @@ def _build_proof(
     )
 
 
-def _build_checkpoints(config: RunConfig, place: Place, proof: Proof, resume: Resume | None) -> CheckpointWriter | None:
+def _build_checkpoints(
+    config: RunConfig, place: Place, proof: Proof, resume: Resume | None, say: Callable[[str], None]
+) -> SavesCheckpoints | None:
     checkpoint = config.checkpoint
     if checkpoint.save is None:
         return None
@@ -353,6 +356,9 @@ def _build_checkpoints(config: RunConfig, place: Place, proof: Proof, resume: Re
     writer = CheckpointWriter(store, layout=place.layout, streams=streams, save_optimizer=optimizer, more=proof.facts)
     if resume is not None:
         writer.tidy(resume.path)
+    if checkpoint.save_hf:
+        export = build_export(config.model, config.data, config.training.precision)
+        return HuggingFaceCopies(writer, Path(checkpoint.save), export, say) if place.control.is_first else writer
     return writer
 
 

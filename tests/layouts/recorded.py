@@ -54,6 +54,12 @@ MODELS = {
         --add-qkv-bias --qk-layernorm
         """
     ),
+    "gemma": shlex.split(
+        """
+        --num-key-value-heads 2 --kv-channels 24 --position-embedding-type rope --normalization rmsnorm
+        --apply-layernorm-1p --activation-function geglu_tanh --disable-bias-linear --scale-embeddings
+        """
+    ),
 }
 
 

@@ -33,6 +33,7 @@ TWO_RANKS = [
     (f"{SHARDED} --zero-stage 2 --micro-batch-size 2 --cpu-optimizer", "gpt2"),
     (f"{SHARDED} --zero-stage 3 --micro-batch-size 2 --recompute-granularity full", "gpt2"),
     (f"{ULYSSES} --zero-stage 0 --micro-batch-size 2", "llama"),
+    (f"{ULYSSES} --zero-stage 3 --micro-batch-size 2", "gemma"),
 ]
 
 FOUR_RANKS = [
@@ -60,6 +61,8 @@ FOUR_RANKS = [
     (f"{STAGES} {SHARDED} --micro-batch-size 2 --recompute-granularity full", "gpt2"),
     (f"{STAGES} {ULYSSES} --micro-batch-size 1", "gpt2 untied, documents"),
     (f"{STAGES} --micro-batch-size 1", "gpt2"),
+    (f"{STAGES} {SHARDED} --micro-batch-size 1", "gemma"),
+    (f"{SHARDED} --zero-stage 3 --micro-batch-size 2 --recompute-granularity full", "gemma"),
 ]
 
 

@@ -12,22 +12,26 @@ from megatron.data.tokenizer.interface import Tokenizer
 def build_tokenizer(config: DataConfig) -> Tokenizer:
     """Build the tokenizer of `--tokenizer-type` from its files.
 
-    `--vocab-size`, where it is given, must be the vocabulary's size; `NullTokenizer` takes it from there.
+    `--vocab-size`, where it is given, is the size of the model's vocabulary: that of the tokenizer, or more when a
+    model has rows that no token uses. `NullTokenizer` has no other.
 
     Raises:
         TokenizerError: no type, a flag that the type needs is missing or one that it does not read is given, a file is
-            missing or of another kind, or the size differs.
+            missing or of another kind, or the size is less than the tokenizer's.
     """
     if config.tokenizer_type is None:
         raise TokenizerError(f"--tokenizer-type is missing: give one of {', '.join(_BUILDERS)}.")
     flags, build = _BUILDERS[config.tokenizer_type]
     _check_flags(config, flags)
     tokenizer = build(config)
-    if config.vocab_size not in (None, tokenizer.vocab_size):
+    if config.vocab_size is None:
+        return tokenizer
+    if config.vocab_size < tokenizer.vocab_size:
         raise TokenizerError(
-            f"--vocab-size {config.vocab_size} differs from the {tokenizer.vocab_size} ids of the {tokenizer.name}: "
+            f"--vocab-size {config.vocab_size} is less than the {tokenizer.vocab_size} ids of the {tokenizer.name}: "
             "leave the flag out or give the right tokenizer."
         )
+    tokenizer.vocab_size = config.vocab_size
     return tokenizer
 
 

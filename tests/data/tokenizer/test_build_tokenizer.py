@@ -60,11 +60,14 @@ def test_fingerprints_depend_on_kind_and_content_and_not_on_the_path(configs, se
 
 
 @pytest.mark.parametrize("kind", TEXT_KINDS)
-def test_the_right_vocab_size_passes_and_another_is_refused(configs, kind):
+def test_the_right_vocab_size_passes_or_a_larger_one_and_a_smaller_is_refused(configs, kind):
     size = build_tokenizer(configs[kind]).vocab_size
     flags = {name: getattr(configs[kind], name) for name in ("tokenizer_model", "vocab_file", "merge_file")}
     assert build_tokenizer(DataConfig(tokenizer_type=kind, vocab_size=size, **flags)).vocab_size == size
-    with pytest.raises(UserError, match=f"--vocab-size 7 differs from the {size} ids of the {kind}"):
+    larger = build_tokenizer(DataConfig(tokenizer_type=kind, vocab_size=size + 9, **flags))
+    assert larger.vocab_size == size + 9
+    assert larger.fingerprint == build_tokenizer(configs[kind]).fingerprint
+    with pytest.raises(UserError, match=f"--vocab-size 7 is less than the {size} ids of the {kind}"):
         build_tokenizer(DataConfig(tokenizer_type=kind, vocab_size=7, **flags))
 
 
