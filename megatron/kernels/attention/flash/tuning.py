@@ -17,6 +17,8 @@ class Tile(NamedTuple):
         stages: tiles in flight while one is computed with.
         tma: whether tiles come by Hopper's copy engine.
         registers: the most a thread may use, so that more programs run beside each other; None: up to the compiler.
+        apart: whether the gradients of keys and of values are made one after the other: the weights are computed once
+            more, and a program holds half as much.
     """
 
     queries: int
@@ -25,6 +27,7 @@ class Tile(NamedTuple):
     stages: int
     tma: bool = False
     registers: int | None = None
+    apart: bool = False
 
 
 HOPPER: dict[tuple[Kernel, int], Tile] = {
