@@ -284,7 +284,7 @@ def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
 
 def padded_size(size: int) -> int:
     """Return the channels of a tile for heads of `size`."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _variant(
