@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Long sequences with Megatron's sequence parallelism: GPT 1.3B at 32,768 tokens, and up to a million.
 #
-#   SEQ_LENGTH=262144 examples_deepspeed/pretrain_gpt_1.3B_seq_parallel.sh
-#   SEQ_LENGTH=1048576 examples_deepspeed/pretrain_gpt_1.3B_seq_parallel.sh --recompute-granularity full
+#   SEQ_LENGTH=262144 examples_deepspeed/pretrain_gpt_1.3B_seq_parallel.sh                                # 58 GB
+#   SEQ_LENGTH=1048576 examples_deepspeed/pretrain_gpt_1.3B_seq_parallel.sh --recompute-granularity full  # 38 GB
 # world size: 8
 #
 # What can be set is at the head of pretrain.sh.
@@ -22,7 +22,7 @@ options=(
     --rotary-base 1000000 # so that the slowest channels turn less than once in a million tokens
 
     --global-batch-size "$((samples < micro_batch ? micro_batch : samples))"
-    --micro-batch-size "$micro_batch" # @GB@
+    --micro-batch-size "$micro_batch" # 10 GB
     --train-iters "$(steps 25081)" # 26 billion tokens, 20 for each weight
     --lr 2e-4
     --min-lr 2e-5

@@ -21,7 +21,7 @@ options=(
     # 256 x 2,048 tokens are GPT-3's half a million a step, whatever the number of GPUs: ranks share them, and what
     # does not fit at once is accumulated.
     --global-batch-size 256
-    --micro-batch-size "${MICRO_BATCH:-8}" # the most that divides 256 over up to 32 GPUs; needs 9 GB
+    --micro-batch-size "${MICRO_BATCH:-8}" # the most that divides 256 over up to 32 GPUs; 8 GB
     --train-iters "$(steps 4768)" # 2.5 billion tokens, 20 for each weight (GPT-3 saw 300 billion: 572,205)
     --lr 6e-4
     --min-lr 6e-5 # a tenth at the end

@@ -15,7 +15,7 @@ options=(
     --seq-length "${SEQ_LENGTH:-2048}"
 
     --global-batch-size 256 # half a million tokens a step: the optimizer on the host wants large steps
-    --micro-batch-size "${MICRO_BATCH:-16}" # @GB@; all weights travel to the GPU twice for each micro-batch
+    --micro-batch-size "${MICRO_BATCH:-16}" # 25 GB; all weights travel to the GPU twice for each micro-batch
     --train-iters "$(steps 490188)" # 257 billion tokens, 20 for each weight
     --lr 1e-4
     --min-lr 1e-5

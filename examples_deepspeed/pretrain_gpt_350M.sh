@@ -15,7 +15,7 @@ options=(
     --seq-length "${SEQ_LENGTH:-2048}"
 
     --global-batch-size 256 # half a million tokens a step
-    --micro-batch-size "${MICRO_BATCH:-8}" # @GB@; the most that divides 256 over 32 GPUs
+    --micro-batch-size "${MICRO_BATCH:-8}" # 18 GB; the most that divides 256 over 32 GPUs
     --train-iters "$(steps 13542)" # 7.1 billion tokens, 20 for each weight
     --lr 3e-4
     --min-lr 3e-5

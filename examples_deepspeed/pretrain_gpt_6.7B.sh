@@ -15,7 +15,7 @@ options=(
     --seq-length "${SEQ_LENGTH:-2048}"
 
     --global-batch-size 1024 # two million tokens a step
-    --micro-batch-size "${MICRO_BATCH:-4}" # @GB@
+    --micro-batch-size "${MICRO_BATCH:-4}" # 55 GB of each GPU
     --train-iters "$(steps 63505)" # 133 billion tokens, 20 for each weight
     --lr 1.2e-4
     --min-lr 1.2e-5

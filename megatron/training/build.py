@@ -39,6 +39,7 @@ from megatron.training.checkpoint import (
     refuse_foreign,
 )
 from megatron.training.inputs import Inputs, open_inputs
+from megatron.training.memory import MemoryPlan, plan_memory
 from megatron.training.metrics import SpeedModel, peak_tflops
 from megatron.training.param_groups import build_param_groups
 from megatron.training.params_norm import params_norm
@@ -75,7 +76,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         tokenizer = build_tokenizer(config.data)
         config = with_partition(config, tokenizer.vocab_size)
         attention, reason = pick_attention(config.kernels.attention_backend, _attention_request(config, place.device))
-        recompute = _plan_recompute(config, place, attention)
+        recompute = plan_recompute(config, place.groups, attention)
         plan = build_plan(config, tokenizer.vocab_size, place, recompute)
         reporter = _open_reporter(config, plan, place)
         resources.callback(reporter.close)
@@ -87,14 +88,20 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         in_parts = pipelined or config.engine.zero_stage == 3  # no rank ever holds the whole model
         model_device = torch.device("meta") if in_parts else place.device
         model = build_model(config, tokenizer.vocab_size, place.groups, attention, recompute, model_device, kernels)
+        memory = predict_memory(
+            config, tokenizer.vocab_size, place.groups, recompute, fused=kernels.softmax is not None
+        )
         choices = [f" attention: {attention.name}, {reason}", f" kernels: {kernels_reason}", recompute.describe()]
+        choices.append(memory.describe() if place.device.type == "cuda" else None)  # of a process on a CPU it is a part
         for sentence in _describe(config, plan, place, model, choices):
             reporter.say(sentence)
         engine = (_build_pipeline if pipelined else _build_flat)(config, model, place)
         resources.callback(engine.close)
         if resume is not None:
             _restore(resume, engine, place, with_streams=not config.checkpoint.no_load_rng)
-        reporter.start({"world_size": place.groups.world.size, **state.to_json()})
+        reporter.start(
+            {"world_size": place.groups.world.size, **state.to_json(), "predicted_gib": memory.to_json()["peak"]}
+        )
         signals = SignalFlag(enabled=config.training.exit_signal_handler)
         return Trainer(
             plan,
@@ -179,18 +186,36 @@ def build_plan(config: RunConfig, vocab_size: int, place: Place, recompute: Reco
     )
 
 
-def _plan_recompute(config: RunConfig, place: Place, attention: AttentionBackend) -> Recompute:
+def plan_recompute(config: RunConfig, groups: ParallelGroups, attention: AttentionBackend) -> Recompute:
+    """Make the policies of all pipeline stages."""
     itemsize = DTYPES[config.training.precision].itemsize
-    shape = unit_shape(config.model, config.training, config.data, place.groups, attention, itemsize)
+    shape = unit_shape(config.model, config.training, config.data, groups, attention, itemsize)
     training = config.training
     return build_recompute(
         config.kernels,
         config.model,
         shape,
         stage_blocks=config.parallel.stage_blocks or (config.model.num_layers,),
-        num_micro_batches=training.global_batch_size // (training.micro_batch_size * place.groups.data.size),
-        tensor=place.groups.tensor,
+        num_micro_batches=training.global_batch_size // (training.micro_batch_size * groups.data.size),
+        tensor=groups.tensor,
         sequence_parallel=config.parallel.sequence_parallel,
+    )
+
+
+def predict_memory(
+    config: RunConfig, vocab_size: int, groups: ParallelGroups, recompute: Recompute, *, fused: bool
+) -> MemoryPlan:
+    """Predict the most memory that a rank will hold; `fused` says whether the fused kernels run."""
+    return plan_memory(
+        recompute,
+        kernels=config.kernels,
+        training=config.training,
+        engine=config.engine,
+        optimizer_slots=2 if config.optimizer.optimizer == "adam" else int(config.optimizer.sgd_momentum > 0),
+        padded_vocab_size=padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by),
+        replicas=groups.replicas.size,
+        sequence_parallel=config.parallel.sequence_parallel,
+        fused=fused,
     )
 
 
