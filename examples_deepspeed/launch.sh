@@ -2,6 +2,7 @@
 # Starts a training script on the GPUs of one machine or many, or on the CPU where there is no GPU.
 #
 #   examples_deepspeed/launch.sh pretrain_gpt.py [FLAG...]
+#   examples_deepspeed/launch.sh --count     prints how many machines, and how many ranks on each, it would start
 #
 #   LAUNCHER    deepspeed, torchrun, srun, mpirun, or none     (default: srun in a SLURM job, none where mpirun or
 #               srun has started this script for each rank already, else deepspeed)
@@ -29,8 +30,10 @@ if [ -z "${PYTHON:-}" ]; then
     [ ! -x "$root/.venv/bin/python" ] || PYTHON="$root/.venv/bin/python"
 fi
 script=$1
-[ -f "$script" ] || script="$root/$1"
-[ -f "$script" ] || fail "$1 is no file here or in $root."
+if [ "$script" != --count ]; then
+    [ -f "$script" ] || script="$root/$1"
+    [ -f "$script" ] || fail "$1 is no file here or in $root."
+fi
 shift
 
 find_launcher() { # a rank of srun sees the number of its step's tasks, which the batch script does not
@@ -84,6 +87,10 @@ if [[ -z "${DRY_RUN:-}" && ! "$launcher" =~ ^(srun|none)$ && "$elsewhere" != non
     [ "$found" -eq 0 ] || gpus=${gpus:-$found}
 fi
 gpus=${gpus:-1}
+if [ "$script" = --count ]; then
+    echo "$num_nodes $gpus"
+    exit
+fi
 over_ssh="" master_addr=${MASTER_ADDR:-$first_host} node_rank=${NODE_RANK:-}
 [[ -z "$node_rank" || ("$node_rank" =~ ^[0-9]{1,6}$ && "$node_rank" -lt "$num_nodes") ]] ||
     fail "NODE_RANK=$node_rank is not the number of a machine, 0 to $((num_nodes - 1))."

@@ -124,7 +124,7 @@ def load_model(path: Path, config: RunConfig, vocab_size: int, device_name: str 
     from megatron.engine.launch import quiet_stdout
 
     with quiet_stdout():  # DeepSpeed prints when it is imported
-        from megatron.training.build import DTYPES
+        from megatron.training.build_engine import DTYPES
     from megatron.checkpoint.fragments import open_tensors
     from megatron.checkpoint.weights import load_weights
     from megatron.kernels.attention.interface import AttentionRequest

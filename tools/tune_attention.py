@@ -2,6 +2,10 @@
 """Find the fastest tiles of this project's attention kernels on this GPU; the table in `tuning.py` takes the result.
 
     python tools/tune_attention.py --head-sizes 64 128 --lengths 2048 8192
+    python tools/tune_attention.py --as-ampere
+
+With `--as-ampere` a Hopper GPU computes with the matrix instructions of Ampere, without its copy engine, and within the
+shared memory of Ampere's smaller chips: that ranks tiles for GPUs that are not at hand, it does not time them.
 
 Each kernel runs with every candidate on random bf16 data, causal, 16k tokens of 2048 channels. It prints TFLOP/s, the
 products that the algorithm asks for counted once: 2 in forward, 3 in the queries' gradient, 4 in the keys' and values'.
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from typing import get_args
 
@@ -21,6 +26,7 @@ from megatron.kernels.attention.flash.tuning import Kernel, Tile
 
 HOPELESS = 0.8  # of the best so far: a candidate that is slower is not measured at the other lengths
 SHARED_BYTES = 226 * 1024  # of a Hopper multiprocessor, less a little
+SHARED_BYTES_OF_AMPERE = 99 * 1024  # of the smaller chips
 TOKENS, CHANNELS = 16384, 2048
 PRODUCTS = {"forward": 2, "query": 3, "key_value": 4}
 Case = tuple[Kernel, int, Tile]
@@ -34,11 +40,15 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", choices=get_args(Kernel), default=get_args(Kernel))
     parser.add_argument("--workers", type=int, default=12, help="processes that compile")
     parser.add_argument("--full", action="store_true", help="without the causal mask")
+    parser.add_argument("--as-ampere", action="store_true", help="with the instructions of Ampere")
     args = parser.parse_args()
+    if args.as_ampere:
+        os.environ["DISABLE_MMA_V3"] = "1"  # read by Triton when it compiles, in the workers too
+    find = candidates_for_ampere if args.as_ampere else candidates
     cases = [
         (kernel, size, tile)
         for kernel, size in itertools.product(args.kernels, args.head_sizes)
-        for tile in candidates(kernel, size)
+        for tile in find(kernel, size)
     ]
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         failures = dict(zip(cases, pool.starmap(compile_case, [(case, not args.full) for case in cases]), strict=True))
@@ -73,10 +83,25 @@ def candidates(kernel: Kernel, size: int) -> Iterator[Tile]:
             continue
         rows = (inner, outer) if kernel == "key_value" else (outer, inner)
         yield Tile(*rows, warps, stages, tma=True)
+        if kernel == "key_value" and size > 64:
+            yield Tile(*rows, warps, stages, tma=True, apart=True)
         if stages == 2:
             yield Tile(*rows, warps, stages, tma=True, registers={4: 168, 8: 128}[warps])
         if stages == 3 and inner == 64:
             yield Tile(*rows, warps, stages)
+
+
+def candidates_for_ampere(kernel: Kernel, size: int) -> Iterator[Tile]:
+    """Try what fits the shared memory of Ampere's smaller chips; a row of the matrix instructions takes 16 rows."""
+    kept = 1 if kernel == "forward" else 2
+    for outer, inner, warps, stages in itertools.product((64, 128), (16, 32, 64), (4, 8), (1, 2, 3)):
+        fits = 2 * size * (kept * outer + 2 * stages * inner) <= SHARED_BYTES_OF_AMPERE
+        if not fits or outer * size > 4096 * warps or (stages == 1 and inner < 64):
+            continue
+        rows = (inner, outer) if kernel == "key_value" else (outer, inner)
+        yield Tile(*rows, warps, stages)
+        if kernel == "key_value" and size > 64:
+            yield Tile(*rows, warps, stages, apart=True)
 
 
 def compile_case(case: Case, causal: bool) -> str | None:

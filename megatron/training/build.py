@@ -9,38 +9,41 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron.checkpoint.store import CheckpointStore
-from megatron.config.deepspeed_json import read_deepspeed_json
 from megatron.config.sections import RunConfig
 from megatron.data.tokenizer.build import build_tokenizer
 from megatron.data.tokenizer.interface import Tokenizer
 from megatron.engine.interface import Engine
 from megatron.engine.launchers import RankEnvironment
-from megatron.engine.settings import build_settings
-from megatron.kernels.attention.interface import AttentionBackend, AttentionRequest
+from megatron.kernels.attention.interface import AttentionBackend
 from megatron.kernels.attention.pick import pick_attention
-from megatron.kernels.choice import PLAIN, Kernels, choose_kernels
+from megatron.kernels.choice import choose_kernels
 from megatron.model.flops import model_flops_per_token
 from megatron.model.gpt import GPT, padded_vocab_size
-from megatron.model.init import draw_parameters, initialize_parameters
-from megatron.parallel.groups import ParallelGroups
 from megatron.parallel.sharding import describe_sharding
 from megatron.training.batch_size import BatchSize, steps_left
+from megatron.training.build_engine import (
+    attention_request,
+    build_engine,
+    build_model,
+    plan_recompute,
+    predict_memory,
+    with_partition,
+)
 from megatron.training.checkpoint import CheckpointWriter
 from megatron.training.hugging_face import HuggingFaceCopies, SavesCheckpoints, build_export
 from megatron.training.inputs import Inputs, Lookahead, open_inputs
+from megatron.training.memory import MemoryPlan
 from megatron.training.metrics import SpeedModel, peak_tflops
-from megatron.training.param_groups import build_param_groups
 from megatron.training.params_norm import params_norm
-from megatron.training.pipeline import balance_stages, describe_pipeline
+from megatron.training.pipeline import describe_pipeline
 from megatron.training.place import Place, join_ranks
 from megatron.training.progress import PlainConsole
 from megatron.training.proof import NextSamples, Proof, describe_run
-from megatron.training.recompute import Recompute, build_recompute, unit_shape
+from megatron.training.recompute import Recompute
 from megatron.training.report import Reporter, build_reporter
 from megatron.training.resume import Resume, continue_schedule, find_resume, restore
 from megatron.training.schedule import Schedule, build_learning_rate, build_weight_decay, training_length
@@ -48,8 +51,6 @@ from megatron.training.state import TrainState
 from megatron.training.stop import SignalFlag, StopRules
 from megatron.training.trainer import Cadence, Plan, Trainer
 from megatron.training.verify import build_watch
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
@@ -67,15 +68,18 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         say_early = PlainConsole(None).say if place.control.is_first else lambda text: None
         resume = find_resume(config.checkpoint, config.to_json(), place, tokenizer, trains=trains, say=say_early)
         state = TrainState() if resume is None else resume.state
-        attention, reason = pick_attention(config.kernels.attention_backend, _attention_request(config, place.device))
-        recompute = _plan_recompute(config, place, attention)
+        attention, reason = pick_attention(config.kernels.attention_backend, attention_request(config, place.device))
+        recompute = plan_recompute(config, place.groups, attention)
         plan = build_plan(config, tokenizer.vocab_size, place, recompute, state)
         plan = replace(plan, schedule=continue_schedule(plan.schedule, resume, config.checkpoint, say_early))
         reporter = _open_reporter(config, plan, place)
         resources.callback(reporter.close)
         inputs = _open_inputs(config, plan, place, tokenizer, attention, resume, reporter.say)
         chosen = f" attention: {attention.name}, {reason}"
-        engine = _build_engine(config, tokenizer.vocab_size, place, attention, recompute, plan, chosen, reporter.say)
+        model, memory = _build_model(
+            config, tokenizer.vocab_size, place, attention, recompute, plan, chosen, reporter.say
+        )
+        engine = build_engine(config, model, place)
         resources.callback(engine.close)
         if resume is not None:
             restore(resume, engine, place, config.training.seed, drops=config.model.drops, say=reporter.say)
@@ -83,7 +87,8 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         proof = _build_proof(config, plan, place, tokenizer, inputs, engine, batches, attention.name)
         watch = build_watch(config.checkpoint, resume, engine, proof, place, state, reporter.say)
         resources.callback(watch.close)
-        reporter.start({"world_size": place.groups.world.size, **state.to_json()})
+        predicted = memory.to_json()["peak"]
+        reporter.start({"world_size": place.groups.world.size, **state.to_json(), "predicted_gib": predicted})
         checkpoints = _build_checkpoints(config, place, proof, resume, reporter.say)
         if checkpoints is not None:
             resources.callback(checkpoints.close)
@@ -106,42 +111,25 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         )
 
 
-def build_model(
+def _build_model(
     config: RunConfig,
-    vocab_size: int,
-    groups: ParallelGroups,
+    tokenizer: Tokenizer,
+    place: Place,
     attention: AttentionBackend,
     recompute: Recompute,
-    device: torch.device,
-    kernels: Kernels = PLAIN,
-) -> GPT:
-    """Make the model, in fp32, with empty weights: without any memory on the device "meta"."""
-    with device:
-        model = GPT(
-            config.model,
-            vocab_size=vocab_size,
-            groups=groups,
-            attention=attention,
-            sequence_parallel=config.parallel.sequence_parallel,
-            recompute_policy=recompute.policies[groups.pipeline.rank],
-            loss_chunk_size=config.kernels.loss_chunk_size,
-            kernels=kernels,
-        )
-    return model
-
-
-def with_partition(config: RunConfig, vocab_size: int) -> RunConfig:
-    """Divide the blocks over the pipeline stages, where there are some and the flags leave it open."""
-    parallel, model = config.parallel, config.model
-    if parallel.pipeline_model_parallel_size == 1 or parallel.pipeline_partition is not None:
-        return config
-    counts = balance_stages(
-        model,
-        padded_vocab_size=padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by),
-        seq_length=config.data.seq_length,
-        num_stages=parallel.pipeline_model_parallel_size,
-    )
-    return replace(config, parallel=replace(parallel, pipeline_partition=",".join(map(str, counts))))
+    plan: Plan,
+    attention_text: str,
+    say: Callable[[str], None],
+) -> tuple[GPT, MemoryPlan]:
+    """Make the model, predict what it will hold, and say what was chosen."""
+    kernels, reason = choose_kernels(config.kernels, place.device.type)
+    memory = predict_memory(config, tokenizer.vocab_size, place.groups, recompute, fused=kernels.softmax is not None)
+    model = build_model(config, tokenizer.vocab_size, place.groups, attention, recompute, place.device, kernels)
+    choices = [attention_text, f" kernels: {reason}", recompute.describe()]
+    choices.append(memory.describe() if place.device.type == "cuda" else None)  # of a process on a CPU it is a part
+    for sentence in _describe(config, plan, place, model, choices):
+        say(sentence)
+    return model, memory
 
 
 def build_plan(config: RunConfig, vocab_size: int, place: Place, recompute: Recompute, state: TrainState) -> Plan:
@@ -168,21 +156,6 @@ def build_plan(config: RunConfig, vocab_size: int, place: Place, recompute: Reco
         if iterations_left is None
         else state.consumed_samples + batch_size.samples_of(iterations_left, state.consumed_samples),
         lowest_loss_scale=training.loss_scale or training.min_loss_scale if training.precision == "fp16" else 1.0,
-    )
-
-
-def _plan_recompute(config: RunConfig, place: Place, attention: AttentionBackend) -> Recompute:
-    itemsize = DTYPES[config.training.precision].itemsize
-    shape = unit_shape(config.model, config.training, config.data, place.groups, attention, itemsize)
-    training = config.training
-    return build_recompute(
-        config.kernels,
-        config.model,
-        shape,
-        stage_blocks=config.parallel.stage_blocks or (config.model.num_layers,),
-        num_micro_batches=training.global_batch_size // (training.micro_batch_size * place.groups.data.size),
-        tensor=place.groups.tensor,
-        sequence_parallel=config.parallel.sequence_parallel,
     )
 
 
@@ -232,82 +205,6 @@ def _open_inputs(
         attention=attention,
         continued=None if resume is None else resume.continued(override=config.checkpoint.override_data),
         say=say,
-    )
-
-
-def _attention_request(config: RunConfig, device: torch.device) -> AttentionRequest:
-    return AttentionRequest(
-        head_size=config.model.kv_channels,
-        dtype=DTYPES[config.training.precision],
-        device_type=device.type,
-        dropout=config.model.attention_dropout,
-        gqa=config.model.num_key_value_heads != config.model.num_attention_heads,
-        documents=config.data.reset_attention_mask,
-        window=config.model.attention_window > 0,
-        softcap=config.model.attention_softcap > 0,
-        sequence_length=config.data.seq_length,
-    )
-
-
-def _build_engine(
-    config: RunConfig,
-    vocab_size: int,
-    place: Place,
-    attention: AttentionBackend,
-    recompute: Recompute,
-    plan: Plan,
-    attention_text: str,
-    say: Callable[[str], None],
-) -> Engine:
-    """Make the model and hand it to DeepSpeed, whole or in stages; say what it is."""
-    kernels, reason = choose_kernels(config.kernels, place.device.type)
-    pipelined = place.groups.pipeline.size > 1
-    in_parts = pipelined or config.engine.zero_stage == 3  # no rank ever holds the whole model
-    device = torch.device("meta") if in_parts else place.device
-    model = build_model(config, vocab_size, place.groups, attention, recompute, device, kernels)
-    for sentence in _describe(
-        config, plan, place, model, [attention_text, f" kernels: {reason}", recompute.describe()]
-    ):
-        say(sentence)
-    return (_build_pipeline if pipelined else _build_flat)(config, model, place)
-
-
-def _build_flat(config: RunConfig, model: GPT, place: Place) -> Engine:
-    from megatron.engine.flat import build_flat_engine  # DeepSpeed prints when it is imported; `start` has, quietly
-
-    settings = _settings(config, place)
-    if config.engine.zero_stage == 3:
-        from megatron.engine.zero import divide_weights
-
-        divide_weights(model, draw_parameters(model, place.device, **_initial(config)), settings, place.groups)
-    else:
-        initialize_parameters(model, **_initial(config))
-    groups = build_param_groups(model.named_parameters())
-    return build_flat_engine(model, groups, settings, place.groups, place.device)
-
-
-def _build_pipeline(config: RunConfig, model: GPT, place: Place) -> Engine:
-    from megatron.engine.pipeline import build_pipeline_engine, build_stage
-
-    stage = build_stage(model, config.parallel.stage_blocks or (), place.groups, place.device)
-    initialize_parameters(stage, **_initial(config))
-    groups = build_param_groups(stage.named_parameters())
-    return build_pipeline_engine(stage, groups, _settings(config, place), place.groups, place.device)
-
-
-def _initial(config: RunConfig) -> dict[str, Any]:
-    """Say how the weights start."""
-    model = config.model
-    return {"seed": config.training.seed, "std": model.init_method_std, "num_layers": model.num_layers}
-
-
-def _settings(config: RunConfig, place: Place) -> dict[str, Any]:
-    file = config.engine.deepspeed_config
-    return build_settings(
-        config,
-        None if file is None else read_deepspeed_json(file),
-        data_parallel_size=place.groups.data.size,
-        device_type=place.device.type,
     )
 
 

@@ -13,8 +13,9 @@ from megatron.config.run import parse_run_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples_deepspeed"
 LAUNCHER = EXAMPLES / "launch.sh"
+SHARED = EXAMPLES / "pretrain.sh"
 MACHINES = {"LAUNCHER": "torchrun", "NUM_NODES": "2", "MASTER_ADDR": "first"}
-SCRIPTS = sorted(path for path in EXAMPLES.rglob("*.sh") if path != LAUNCHER)
+SCRIPTS = sorted(path for path in EXAMPLES.rglob("*.sh") if path not in (LAUNCHER, SHARED))
 
 
 def run_script(script: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:

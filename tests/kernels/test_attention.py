@@ -239,4 +239,12 @@ def test_preferences_follow_the_measured_speeds(monkeypatch, size):
     assert fastest == ["flash_v4", "sdpa_cudnn"]
     assert order(sequence_length=2048)[0] == ("flash_v4" if size == 64 else "sdpa_cudnn")
     documents = order(sequence_length=8192, documents=True)
-    assert documents.index("flash_triton") < documents.index("sdpa")
+    assert documents.index("flash_triton") < documents.index("flash_v2") < documents.index("sdpa")
+
+
+@pytest.mark.parametrize(("capability", "first"), [((9, 0), "flash_triton"), ((8, 0), "sdpa")])
+def test_heads_too_wide_for_cudnn_take_the_triton_kernels_where_these_were_measured(monkeypatch, capability, first):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    request = AttentionRequest(head_size=256, dtype=torch.bfloat16, device_type="cuda")
+    assert max(("sdpa", "flash_triton", "sdpa_flash"), key=lambda name: ALL[name].preference(request)) == first

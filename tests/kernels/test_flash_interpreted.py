@@ -5,10 +5,12 @@ import os
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron.kernels.attention import flash_triton, unfused
 from megatron.kernels.attention.documents import document_bounds
 from megatron.kernels.attention.flash.tuning import Tile
+from megatron.parallel.recompute import RecomputePolicy, recompute
 from tests.kernels.exact_attention import errors, exact_attend, make_heads, make_ids, with_gradients
 
 interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
@@ -81,6 +83,14 @@ def test_tiles_of_the_copy_engine(monkeypatch, shape):
     assert max(errors(TRITON, tensors, ids=ids, scale=0.3, causal=True)) < ROUNDING
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 0.7}])
+def test_keys_and_values_one_after_the_other(monkeypatch, options):
+    tile = Tile(16, 32, warps=4, stages=1, apart=True)
+    monkeypatch.setattr("megatron.kernels.attention.flash.launch._tile", lambda kernel, query: tile)
+    tensors, ids = make_heads((50, 50), 1, (4, 2), 16), make_ids(1, 50, 3)
+    assert max(errors(TRITON, tensors, ids=ids, scale=0.3, causal=True, **options)) < ROUNDING
+
+
 @pytest.mark.parametrize("backend", [TRITON, unfused.BACKEND], ids=lambda backend: backend.name)
 def test_packed_documents_have_the_gradients_of_the_documents_alone(backend):
     lengths = [5, 1, 40, 18]
@@ -111,9 +121,10 @@ def dropped(query, key, probability, causal, size):
     return kept
 
 
-@pytest.mark.parametrize(("kv_heads", "causal"), [(2, False), (1, True)])
-@pytest.mark.usefixtures("small_tiles")
-def test_backward_drops_what_forward_dropped(kv_heads, causal):
+@pytest.mark.parametrize(("kv_heads", "causal", "apart"), [(2, False, False), (1, True, False), (1, True, True)])
+def test_backward_drops_what_forward_dropped(monkeypatch, kv_heads, causal, apart):
+    tile = Tile(32, 16, 4, 1, apart=apart)
+    monkeypatch.setattr("megatron.kernels.attention.flash.launch._tile", lambda kernel, query: tile)
     probability, tensors = 0.3, make_heads((48, 48), 1, (2, kv_heads), 16)
     kept = dropped(*tensors[:2], probability, causal, 16)
     share = kept.mean().item() if not causal else kept.tril().sum().item() / (2 * 48 * 49 / 2)
@@ -147,6 +158,44 @@ def test_recompute_drops_the_same_weights():
         torch.manual_seed(3)
         results.append(with_gradients(run, tensors))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(("budget_bytes", "launches"), [(0, 2), (100_000, 1)])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_recompute_keeps_the_output_within_its_budget(monkeypatch, dropout, budget_bytes, launches):
+    def attend(*heads):
+        return torch.sin(flash_triton.attend(*heads, scale=0.3, causal=True, dropout=dropout))
+
+    from megatron.kernels.attention.flash import launch, operator
+
+    calls = []
+    monkeypatch.setattr(operator, "launch_forward", lambda *given: calls.append(given) or launch.launch_forward(*given))
+    tensors = make_heads((40, 40), 1, (2, 2), 16)
+    policy = RecomputePolicy(granularity="products", budget_bytes=budget_bytes)
+    torch.manual_seed(3)
+    actual = with_gradients(lambda *heads: recompute(attend, *heads, policy=policy), tensors)
+    assert len(calls) == launches
+    torch.manual_seed(3)
+    assert all(torch.equal(a, b) for a, b in zip(actual, with_gradients(attend, tensors), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "pairs"),
+    [
+        ({"causal": False}, 40 * 50),
+        ({"causal": True}, sum(range(11, 51))),
+        ({"causal": True, "window": 30}, sum(min(30, seen) for seen in range(11, 51))),
+        ({"causal": True, "window": 500}, sum(range(11, 51))),
+    ],
+)
+def test_flops_are_those_of_what_is_seen(options, pairs):
+    tensors = make_heads((40, 50), 2, (4, 2), 16)
+    with FlopCounterMode(display=False) as counter:
+        output = TRITON.attend(*tensors, scale=0.3, dropout=0.0, **options)
+    assert counter.get_total_flops() == 4 * pairs * 2 * 4 * 16
+    with counter:
+        output.sum().backward()
+    assert counter.get_total_flops() == 10 * pairs * 2 * 4 * 16
 
 
 def test_two_runs_give_the_same_bits():

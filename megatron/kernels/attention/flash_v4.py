@@ -74,7 +74,7 @@ def _preference(request: AttentionRequest) -> int:
 
 BACKEND = AttentionBackend(
     name="flash_v4",
-    choose_when="flash-attn-4, the fastest for long sequences on Hopper",
+    choose_when="flash-attn-4, on Hopper the fastest for long sequences, heads of 64 and documents",
     preference=_preference,
     attend=attend,
     unavailable=unavailable,

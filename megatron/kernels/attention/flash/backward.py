@@ -1,7 +1,8 @@
 """Backward: two kernels that each compute the weights again, so that no sum depends on the order of programs.
 
 The first, a program a tile of queries, makes their gradient and delta; the second, a program a tile of keys, makes the
-gradients of keys and values, over all query heads of the group (Dao 2023, arXiv:2307.08691, algorithm 2).
+gradients of keys and values, over all query heads of the group (Dao 2023, arXiv:2307.08691, algorithm 2). Where heads
+are so wide that a program cannot hold both, it runs twice, for one of them each.
 
 With weights P = softmax(S), dropout D (0 or 1 / (1 - p)), output O = (D o P) V:
     dV = (D o P)^T dO,  dP = D o (dO V^T),  delta = rows of dO o O,  dS = P o (dP - delta),  dQ = dS K,  dK = dS^T Q.
@@ -103,7 +104,7 @@ def key_value_kernel(
     Args:
         strides: of query, key, value, grad and of both results.
         sizes: the heads are those of the keys, and so is the bundle counted.
-        variant: its `ragged` tells whether the last tile of queries is not full.
+        variant: its `of_keys` and `of_values` tell which of the two are written.
     """
     groups, query_length, key_length = sizes
     M: tl.constexpr = variant.queries
@@ -112,11 +113,12 @@ def key_value_kernel(
     block, place = place_of(tl.cdiv(key_length, N), numbers[0] * groups, numbers[1], False)
     batch, group, column = place // groups, place % groups, block * N
     k = load_rows(key, strides[1], batch, group, column, key_length, N, True, variant)
-    v = load_rows(value, strides[2], batch, group, column, key_length, N, True, variant)
-    firsts, ends = queries_of(column + tl.arange(0, N), batch, bounds, sizes, numbers, variant)
+    v = k
+    if variant.of_keys:
+        v = load_rows(value, strides[2], batch, group, column, key_length, N, True, variant)
+    ranges = queries_of(column + tl.arange(0, N), batch, bounds, sizes, numbers, variant)
     low, inner, outer, high = parts_of_queries(column, batch, bounds, sizes, numbers, variant)
-    total_key = tl.zeros([N, D], dtype=tl.float32)
-    total_value = tl.zeros([N, D], dtype=tl.float32)
+    totals = tl.zeros([N, D], dtype=tl.float32), tl.zeros([N, D], dtype=tl.float32)
     for part in tl.static_range(3):
         if part == INNER or (variant.looks_back if part == FIRST else variant.ends_early):
             start = low if part == FIRST else (inner if part == INNER else outer)
@@ -132,25 +134,49 @@ def key_value_kernel(
                 g = load_rows(grad, strides[3], batch, head, row, query_length, M, part != INNER, variant)
                 log_sum = load_line(log_sums + line, row, query_length, M, part != INNER)
                 delta = load_line(deltas + line, row, query_length, M, part != INNER)
-                logits, factor = logits_of(k, q, numbers, variant)
-                grad_weights = tl.dot(v, tl.trans(g), input_precision="ieee")
-                weights = tl.exp2(logits * factor - log_sum[None, :])
-                if part != INNER:
-                    rows = row + tl.arange(0, M)[None, :]
-                    weights = tl.where((rows >= firsts[:, None]) & (rows < ends[:, None]), weights, 0.0)
-                kept_weights = weights
-                if variant.dropout:
-                    keeps = kept(seeds, query_place, row, column, numbers, variant, True)
-                    kept_weights = tl.where(keeps, weights * undropped(numbers), 0.0)
-                    grad_weights = tl.where(keeps, grad_weights * undropped(numbers), 0.0)
-                total_value = tl.dot(kept_weights.to(g.dtype), g, total_value, input_precision="ieee")
-                grad_logits = weights * (grad_weights - delta[None, :])
-                if variant.capped:
-                    grad_logits = grad_logits * (1 - logits * logits)
-                total_key = tl.dot(grad_logits.to(q.dtype), q, total_key, input_precision="ieee")
-    total_key = total_key * gradient_factor(numbers, variant)
-    store_rows(results[0], strides[4], total_key, batch, group, column, key_length, N, variant)
-    store_rows(results[1], strides[4], total_value, batch, group, column, key_length, N, variant)
+                where = query_place, row, column
+                totals = add_tile(
+                    totals, k, v, q, g, log_sum, delta, ranges, where, seeds, numbers, part != INNER, variant
+                )
+    if variant.of_keys:
+        total_key = totals[0] * gradient_factor(numbers, variant)
+        store_rows(results[0], strides[4], total_key, batch, group, column, key_length, N, variant)
+    if variant.of_values:
+        store_rows(results[1], strides[4], totals[1], batch, group, column, key_length, N, variant)
+
+
+@triton.jit
+def add_tile(totals, k, v, q, g, log_sum, delta, ranges, where, seeds, numbers, CHECKED: tl.constexpr, variant):
+    """Add a tile of queries to the gradients of keys and values: [N, D] each; returns them.
+
+    Args:
+        ranges: of queries that see each key, first and end.
+        where: index of the query head over all samples, of the first query and of the first key.
+        CHECKED: whether some of the queries do not see some of the keys.
+    """
+    total_key, total_value = totals
+    place, row, column = where
+    logits, factor = logits_of(k, q, numbers, variant)
+    if variant.of_keys:
+        grad_weights = tl.dot(v, tl.trans(g), input_precision="ieee")
+    weights = tl.exp2(logits * factor - log_sum[None, :])
+    if CHECKED:
+        rows = row + tl.arange(0, variant.queries)[None, :]
+        weights = tl.where((rows >= ranges[0][:, None]) & (rows < ranges[1][:, None]), weights, 0.0)
+    kept_weights = weights
+    if variant.dropout:
+        keeps = kept(seeds, place, row, column, numbers, variant, True)
+        kept_weights = tl.where(keeps, weights * undropped(numbers), 0.0)
+    if variant.of_values:
+        total_value = tl.dot(kept_weights.to(g.dtype), g, total_value, input_precision="ieee")
+    if variant.of_keys:
+        if variant.dropout:
+            grad_weights = tl.where(keeps, grad_weights * undropped(numbers), 0.0)
+        grad_logits = weights * (grad_weights - delta[None, :])
+        if variant.capped:
+            grad_logits = grad_logits * (1 - logits * logits)
+        total_key = tl.dot(grad_logits.to(q.dtype), q, total_key, input_precision="ieee")
+    return total_key, total_value
 
 
 @triton.jit

@@ -64,6 +64,8 @@ class Variant(NamedTuple):
         looks_back: whether the first tiles of a row may be seen in part.
         ends_early: whether the last ones may.
         tma: whether the copy engine loads tiles.
+        of_keys: whether the gradient of keys is made.
+        of_values: whether that of values is.
     """
 
     queries: int
@@ -79,6 +81,8 @@ class Variant(NamedTuple):
     looks_back: bool
     ends_early: bool
     tma: bool
+    of_keys: bool
+    of_values: bool
 
 
 def make_variant(
@@ -112,6 +116,8 @@ def make_variant(
         looks_back=sees_part_of_first or documents,
         ends_early=sees_part_of_last or documents or ragged,
         tma=tile.tma,
+        of_keys=True,
+        of_values=True,
     )
 
 
@@ -214,19 +220,21 @@ def launch_key_value(
     key_length, batch, groups, _ = key.shape
     grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     grad_value = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-    key_value_kernel[(triton.cdiv(key_length, tile.keys) * batch * groups,)](
-        *_sources(tile, (query, tile.queries), (key, tile.keys), (value, tile.keys), (grad, tile.queries)),
-        log_sums,
-        deltas,
-        (grad_key, grad_value),
-        bounds,
-        seeds,
-        _strides(query, key, value, grad, grad_key),
-        (groups, query.shape[0], key_length),
-        (batch, _heads_together(query), *options.numbers()),
-        _variant(tile, query, key, options, bounds, by_key=True),
-        **_resources(tile),
-    )
+    variant = _variant(tile, query, key, options, bounds, by_key=True)
+    for of_keys, of_values in ((True, False), (False, True)) if tile.apart else ((True, True),):
+        key_value_kernel[(triton.cdiv(key_length, tile.keys) * batch * groups,)](
+            *_sources(tile, (query, tile.queries), (key, tile.keys), (value, tile.keys), (grad, tile.queries)),
+            log_sums,
+            deltas,
+            (grad_key, grad_value),
+            bounds,
+            seeds,
+            _strides(query, key, value, grad, grad_key),
+            (groups, query.shape[0], key_length),
+            (batch, _heads_together(query), *options.numbers()),
+            variant._replace(of_keys=of_keys, of_values=of_values),
+            **_resources(tile),
+        )
     return grad_key, grad_value
 
 
@@ -276,7 +284,7 @@ def _descriptor(tensor: Tensor, rows: int) -> TensorDescriptor:
 
 def padded_size(size: int) -> int:
     """Return the channels of a tile for heads of `size`."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _variant(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from megatron.kernels.attention.flash.launch import Options, addressable, launch_backward, launch_forward
 
@@ -96,3 +97,33 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 
 
 flash_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def pairs_seen(queries: int, keys: int, causal: bool, window: int) -> int:
+    """Count the pairs of a query and a key that it sees. Documents are not known here: what they hide is counted."""
+    if not causal:
+        return queries * keys
+    widest = min(window, keys) if window else keys
+
+    def up_to(last: int) -> int:
+        """Add up what queries see whose own key is one of the first `last`."""
+        rising = min(last, widest)
+        return rising * (rising + 1) // 2 + (last - rising) * widest
+
+    return up_to(keys) - up_to(keys - queries)
+
+
+@register_flop_formula(torch.ops.megatron.flash_forward)
+def _count_forward(query: Any, key: Any, *arguments: Any, out_shape: Any = None) -> int:
+    """Count two products over what is seen, given shapes: by this, recompute knows what the result is worth."""
+    length, batch, heads, size = query
+    _value, _bounds, _seeds, _scale, causal, window, *_ = arguments
+    return 4 * pairs_seen(length, key[0], causal, window) * batch * heads * size
+
+
+@register_flop_formula(torch.ops.megatron.flash_backward)
+def _count_backward(
+    grad: Any, query: Any, key: Any, value: Any, output: Any, log_sums: Any, *arguments: Any, **_: Any
+) -> int:
+    """Count five products over what is seen; that the kernels make two of them twice is their own affair."""
+    return _count_forward(query, key, value, *arguments) * 5 // 2

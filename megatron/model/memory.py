@@ -1,0 +1,165 @@
+"""Bytes of a model on one rank, from its shape: parameters, what a block keeps for backward, what the head takes.
+
+docs/recompute.md has the activations as a table, docs/performance.md what is made of them. Legend: s sequence, b
+micro-batch, h hidden, f width of the MLP, n query and k key/value heads, d head size, v padded vocabulary, t tensor
+ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.config.model import ModelConfig
+from megatron.model.recompute_flops import UnitShape
+
+SCALING_BYTES = 2**28
+"""Of the parts in which a chunked loss scales its gradients: fp32, twice (`linear_cross_entropy.PART_ELEMENTS`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockMemory:
+    """What a rank's activations are made of, in bytes of one micro-batch.
+
+    Attributes:
+        kept: by one block between forward and backward.
+        stream: of one tensor of hidden states between blocks.
+        working: gradients and copies that backward of one block holds at a time.
+    """
+
+    kept: int
+    stream: int
+    working: int
+
+
+def block_memory(config: ModelConfig, shape: UnitShape, *, sequence_parallel: bool, fused: bool) -> BlockMemory:
+    """Count a block's activations.
+
+    Args:
+        config: the architecture.
+        shape: of a rank's micro-batch.
+        sequence_parallel: whether hidden states between the products are shards.
+        fused: whether the fused kernels run, which keep less than plain torch does.
+    """
+    rows, tensor, itemsize = shape.tokens, shape.tensor_size, shape.itemsize
+    shards = tensor if sequence_parallel else 1
+    stream_item = 4 if config.fp32_residual_connection else itemsize
+    hidden, halves = config.hidden_size, 2 if config.gated else 1
+    statistics = 8 if config.normalization == "layernorm" else 4
+    norm = (stream_item + itemsize) * hidden + statistics
+    masks = 2 * hidden if config.hidden_dropout and not fused else 0
+    whole = (2 * norm + masks) / shards
+    mlp = (2 * halves if config.gated and not fused else halves + 1) * config.ffn_hidden_size
+    divided = (_attention_bytes(config, shape, fused) + itemsize * mlp) / tensor
+    gathered = 2 * itemsize * hidden  # a product's whole input, and its gradient
+    inner = itemsize * (halves + 1) * config.ffn_hidden_size / tensor
+    return BlockMemory(
+        kept=round(rows * (whole + divided)),
+        stream=round(rows * stream_item * hidden / shards),
+        working=round(rows * (inner + gathered + stream_item * hidden / shards)),
+    )
+
+
+def _attention_bytes(config: ModelConfig, shape: UnitShape, fused: bool) -> float:
+    """Count what attention keeps of one token, on all tensor ranks."""
+    query = config.num_attention_heads * config.kv_channels
+    key = config.num_key_value_heads * config.kv_channels
+    rotates = config.position_embedding_type == "rope"
+    elements = query + 2 * key  # the product's result, or the heads that a fused rotation cuts out of it
+    if rotates and not (fused and not config.qk_layernorm):
+        elements += query + key
+    elif key < query and not rotates:
+        elements += query
+    if config.qk_layernorm:
+        elements += query + key
+    core = core_bytes(config, shape) / shape.tokens
+    return core + shape.itemsize * (elements + query)
+
+
+def core_bytes(config: ModelConfig, shape: UnitShape) -> int:
+    """Count what the core of attention keeps on all tensor ranks: the logarithm of each row's sum, or s x s weights."""
+    heads, dropout = config.num_attention_heads, config.attention_dropout > 0
+    if shape.attention != "written out":
+        return 4 * heads * shape.tokens
+    result = shape.itemsize if dropout or shape.itemsize < 4 else 0  # else it is the softmax itself
+    pairs = shape.tokens * shape.seq_length
+    return heads * pairs * (4 + result + dropout) + shape.seq_length**2
+
+
+def head_memory(
+    config: ModelConfig,
+    shape: UnitShape,
+    padded_vocab_size: int,
+    *,
+    sequence_parallel: bool,
+    chunk_size: int,
+    fused: bool,
+) -> int:
+    """Count what final norm, output head and loss hold at most, in bytes.
+
+    Args:
+        config: the architecture.
+        shape: of a rank's micro-batch.
+        padded_vocab_size: v.
+        sequence_parallel: whether the head gathers its input.
+        chunk_size: tokens whose logits exist at a time; 0: all.
+        fused: whether the gradient of the logits takes their place; plain torch has them in fp32 too, twice.
+    """
+    rows, tensor, itemsize, hidden = shape.tokens, shape.tensor_size, shape.itemsize, config.hidden_size
+    shard = rows * itemsize * hidden // (tensor if sequence_parallel else 1)
+    columns = padded_vocab_size // tensor
+    weight, gathered = columns * hidden, rows * itemsize * hidden if sequence_parallel and tensor > 1 else 0
+    logit_bytes = itemsize if fused else itemsize + 8
+    norm = shard + rows * (4 if config.fp32_residual_connection else itemsize) * hidden // (
+        tensor if sequence_parallel else 1
+    )
+    if not chunk_size:
+        return norm + rows * columns * logit_bytes + gathered + rows * itemsize * hidden + itemsize * weight
+    chunk = min(chunk_size, rows)
+    forward = shard + 4 * weight + chunk * (columns * logit_bytes + 2 * itemsize * hidden)
+    scaling = 2 * shard + (4 + itemsize) * weight + min(SCALING_BYTES, 8 * weight)
+    return norm + max(forward, scaling)
+
+
+def rank_parameters(
+    config: ModelConfig,
+    padded_vocab_size: int,
+    *,
+    tensor_size: int,
+    num_blocks: int,
+    is_first: bool = True,
+    is_last: bool = True,
+) -> int:
+    """Count the parameters that a rank holds, biases and norms included, before ZeRO divides them.
+
+    Args:
+        config: the architecture.
+        padded_vocab_size: v.
+        tensor_size: t.
+        num_blocks: blocks of the rank's pipeline stage.
+        is_first: whether this is the first stage, which has the embeddings.
+        is_last: whether it is the last one, which has final norm and head; a tied head is a copy unless it is both.
+    """
+    hidden = config.hidden_size
+    norm = hidden * (2 if config.normalization == "layernorm" else 1)
+    embedding = padded_vocab_size * hidden // tensor_size
+    total = num_blocks * _block_rank_parameters(config, tensor_size, norm)
+    if is_first:
+        total += embedding
+        if config.position_embedding_type == "learned_absolute":
+            total += config.max_position_embeddings // tensor_size * hidden
+    if is_last:
+        total += norm + (embedding if config.untie_embeddings_and_output_weights or not is_first else 0)
+    return total
+
+
+def _block_rank_parameters(config: ModelConfig, tensor_size: int, norm: int) -> int:
+    hidden, inner, halves = config.hidden_size, config.ffn_hidden_size, 2 if config.gated else 1
+    query = config.num_attention_heads * config.kv_channels
+    products = query + 2 * config.num_key_value_heads * config.kv_channels
+    divided = hidden * (products + query) + (halves + 1) * hidden * inner
+    divided += products if config.add_qkv_bias else 0
+    whole = 2 * norm + (2 * norm * config.kv_channels // hidden if config.qk_layernorm else 0)
+    if config.add_bias_linear:
+        divided += halves * inner
+        whole += 2 * hidden
+    return divided // tensor_size + whole

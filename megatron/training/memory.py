@@ -1,0 +1,275 @@
+"""The most memory that a run will hold on one rank, predicted from its config before anything is allocated.
+
+A step has its peak at one of four moments, and each is the sum of what exists then:
+
+- loss: forward has kept its activations, and head and loss work;
+- backward: the first block that backward enters (and recomputes) has its activations and gradients in the work;
+- reduction: backward is done, and DeepSpeed copies gradients into buckets;
+- step: the optimizer has its temporaries.
+
+What DeepSpeed holds for each parameter under which stage was measured; tests/training/test_memory.py and
+test_memory_gpu.py measure it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.config.engine import EngineConfig
+from megatron.config.kernels import KernelsConfig
+from megatron.config.training import TrainingConfig
+from megatron.model.memory import BlockMemory, block_memory, core_bytes, head_memory, rank_parameters
+from megatron.model.recompute_flops import kept_products
+from megatron.parallel.recompute import RecomputePolicy
+from megatron.training.recompute import GIB, Recompute, micro_batches_in_flight
+
+WORKSPACE_BYTES = 2**26
+"""Of the library that multiplies matrices, on a GPU."""
+
+LIVE_PARAMETERS = 1_000_000_000
+"""Gathered weights that ZeRO-3 keeps at most, as `engine.settings` writes it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateMemory:
+    """What DeepSpeed holds of a rank's parameters, in bytes.
+
+    Attributes:
+        weights: in the dtype of forward, with those that ZeRO-3 gathers.
+        gradients: whole micro-batches of them, as they are when backward starts.
+        optimizer: the fp32 copy and the optimizer's own.
+        buckets: buffers that stay.
+        made: gradients that a backward pass adds.
+        reducing: what the reduction adds to all that.
+        stepping: what the optimizer's step adds.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buckets: float = 0
+    made: float = 0
+    reducing: float = 0
+    stepping: float = 0
+
+    @property
+    def total(self) -> float:
+        """Bytes when backward starts."""
+        return self.weights + self.gradients + self.optimizer + self.buckets
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """The fullest rank of a run.
+
+    Attributes:
+        parameters: on it, before ZeRO divides them.
+        state: DeepSpeed's.
+        activations: kept by all blocks, of all micro-batches in flight.
+        moments: bytes at each moment, by its name.
+        stage: its pipeline stage.
+    """
+
+    parameters: int
+    state: StateMemory
+    activations: int
+    moments: dict[str, float]
+    stage: int = 0
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the fullest moment."""
+        return max(self.moments.values())
+
+    @property
+    def moment(self) -> str:
+        """Name of the fullest moment."""
+        return max(self.moments, key=lambda name: self.moments[name])
+
+    def to_json(self) -> dict[str, float]:
+        """Give the parts in GiB."""
+        parts = {
+            "weights": self.state.weights,
+            "gradients": self.state.gradients,
+            "optimizer": self.state.optimizer,
+            "buckets": self.state.buckets,
+            "activations": self.activations,
+            "peak": self.peak,
+        }
+        return {name: size / GIB for name, size in parts.items()}
+
+    def describe(self) -> str:
+        """Say it in one line."""
+        parts = self.to_json()
+        names = ("weights", "gradients", "optimizer", "activations")
+        listed = ", ".join(f"{name} {parts[name]:.2f}" for name in names)
+        return f" memory: predicted peak {parts['peak']:.2f} GiB, at the {self.moment} ({listed})"
+
+
+def plan_memory(
+    recompute: Recompute,
+    *,
+    kernels: KernelsConfig,
+    training: TrainingConfig,
+    engine: EngineConfig,
+    optimizer_slots: int,
+    padded_vocab_size: int,
+    replicas: int,
+    sequence_parallel: bool,
+    fused: bool,
+) -> MemoryPlan:
+    """Predict the peak of every pipeline stage, and return the highest.
+
+    Args:
+        recompute: the policies of the stages, with the model and the shape of a rank's micro-batch.
+        kernels: of which the chunks of the loss count.
+        training: of which precision and the dtype of the sums count.
+        engine: ZeRO's stage, offload and buckets.
+        optimizer_slots: numbers that the optimizer keeps of each parameter: 2 for Adam, 1 for momentum.
+        padded_vocab_size: v.
+        replicas: ranks over which ZeRO divides, data and Ulysses together.
+        sequence_parallel: whether tensor ranks have shards of the sequence.
+        fused: whether the fused kernels run.
+    """
+    block = block_memory(recompute.config, recompute.shape, sequence_parallel=sequence_parallel, fused=fused)
+    plans = []
+    last = len(recompute.stage_blocks) - 1
+    for stage, blocks in enumerate(recompute.stage_blocks):
+        parameters = rank_parameters(
+            recompute.config,
+            padded_vocab_size,
+            tensor_size=recompute.shape.tensor_size,
+            num_blocks=blocks,
+            is_first=stage == 0,
+            is_last=stage == last,
+        )
+        state = state_memory(
+            parameters, training, engine, replicas, optimizer_slots, recompute.num_micro_batches > 1 or last > 0
+        )
+        head = 0
+        if stage == last:
+            head = head_memory(
+                recompute.config,
+                recompute.shape,
+                padded_vocab_size,
+                sequence_parallel=sequence_parallel,
+                chunk_size=kernels.loss_chunk_size,
+                fused=fused,
+            )
+        plans.append(_plan_stage(recompute, stage, block, parameters, state, head))
+    return max(plans, key=lambda plan: plan.peak)
+
+
+def _plan_stage(
+    recompute: Recompute, stage: int, block: BlockMemory, parameters: int, state: StateMemory, head: int
+) -> MemoryPlan:
+    num_stages = len(recompute.stage_blocks)
+    in_flight = micro_batches_in_flight(stage, num_stages, recompute.num_micro_batches)
+    kept, working = _activations(recompute, stage, block)
+    between = block.stream * (2 * in_flight if num_stages > 1 else 1)  # what stages send, or the embedding's result
+    activations = in_flight * kept + between
+    # Gradients come as activations go, so that neither the last block's nor any other's backward holds more.
+    at_start = state.total + WORKSPACE_BYTES
+    moments = {
+        "loss": at_start + activations + head,
+        "backward": at_start + activations + working,
+        "reduction": at_start + state.made + state.reducing,
+        "step": at_start + state.made + state.stepping,
+    }
+    return MemoryPlan(parameters=parameters, state=state, activations=activations, moments=moments, stage=stage)
+
+
+def _activations(recompute: Recompute, stage: int, block: BlockMemory) -> tuple[int, int]:
+    """Count what the blocks of a stage keep of one micro-batch, and what backward of one of them adds."""
+    policy, blocks = recompute.policies[stage], recompute.stage_blocks[stage]
+    units = [unit.end - unit.first for unit in policy.units(blocks) if unit.is_recomputed]
+    if policy.recomputes_attention:
+        core = core_bytes(recompute.config, recompute.shape) // recompute.shape.tensor_size
+        return blocks * (block.kept - core), core + block.working
+    whole = (blocks - sum(units)) * block.kept
+    if not units:
+        return whole, block.working
+    inputs = 0 if policy.on_host else recompute.input_bytes
+    products = sum(_kept_bytes(recompute, policy, size) for size in units)
+    return whole + len(units) * inputs + products, max(units) * block.kept - block.stream + block.working
+
+
+def _kept_bytes(recompute: Recompute, policy: RecomputePolicy, size: int) -> int:
+    if policy.granularity != "products":
+        return 0
+    products = kept_products(recompute.config, recompute.shape, size, policy.budget_bytes).values()
+    return sum(product.num_bytes for product in products)
+
+
+def state_memory(
+    parameters: int,
+    training: TrainingConfig,
+    engine: EngineConfig,
+    replicas: int,
+    optimizer_slots: int,
+    accumulates: bool,
+) -> StateMemory:
+    """Count what DeepSpeed holds for a rank's parameters.
+
+    Args:
+        parameters: of the rank, before ZeRO divides them.
+        training: precision, and the dtype of the sums of gradients.
+        engine: stage, offload and buckets.
+        replicas: ranks over which ZeRO divides.
+        optimizer_slots: numbers that the optimizer keeps of each parameter.
+        accumulates: whether a step has several micro-batches, so that gradients are there when backward starts.
+    """
+    item = 4 if training.precision == "fp32" else 2
+    in_fp32 = training.accumulate_allreduce_grads_in_fp32
+    bucket = min(parameters, engine.zero_reduce_bucket_size)
+    optimizer = 0 if engine.cpu_optimizer else (1 + optimizer_slots) * 4 * parameters / replicas
+    if engine.zero_stage == 0:
+        gradients = 4 * parameters * accumulates
+        return StateMemory(
+            weights=4 * parameters,
+            gradients=gradients,
+            optimizer=optimizer_slots * 4 * parameters,
+            made=4 * parameters - gradients,
+        )
+    if engine.zero_stage == 1 and training.precision == "bf16" and in_fp32 and not engine.cpu_optimizer:
+        # Two of each gradient: that of the micro-batch, which is zeroed and not freed, and the sum.
+        return StateMemory(
+            weights=2 * parameters,
+            gradients=(6 if accumulates else 4) * parameters,
+            optimizer=optimizer,
+            made=0 if accumulates else 2 * parameters,
+            reducing=4 * bucket,
+            stepping=2 * min(parameters, engine.zero_allgather_bucket_size) if replicas > 1 else 0,
+        )
+    return _partitioned(parameters, item, 4 if in_fp32 else item, engine, replicas, optimizer, accumulates)
+
+
+def _partitioned(
+    parameters: int,
+    item: int,
+    sum_item: int,
+    engine: EngineConfig,
+    replicas: int,
+    optimizer: float,
+    accumulates: bool,
+) -> StateMemory:
+    """Count what ZeRO's own optimizers hold, which fill a bucket while backward runs; `item`s are bytes of a number."""
+    bucket, own = engine.zero_reduce_bucket_size, parameters / replicas
+    divides_gradients = engine.zero_stage >= 2
+    kept = sum_item * (own if divides_gradients else parameters)
+    if engine.cpu_optimizer and divides_gradients:
+        kept = 0.0
+    weights: float = item * parameters
+    if engine.zero_stage == 3:
+        is_away = engine.remote_device == "cpu"
+        gathered = min(parameters, LIVE_PARAMETERS) if is_away or replicas > 1 else 0
+        weights = (0 if is_away else item * own) + item * gathered
+    return StateMemory(
+        weights=weights,
+        gradients=kept * accumulates,
+        optimizer=optimizer,
+        buckets=0 if engine.zero_stage == 2 else 4 * bucket,  # stage 2 makes them as backward goes
+        made=kept * (not accumulates),
+        reducing=(item + 4) * bucket,
+        stepping=0 if engine.cpu_optimizer else 4 * own,
+    )

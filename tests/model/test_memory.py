@@ -1,0 +1,107 @@
+"""What formulas say of a rank's memory is what a model has: its parameters, and what its blocks keep for backward."""
+
+import pytest
+import torch.distributed as dist
+
+from megatron.model.gpt import GPT
+from megatron.model.memory import block_memory, head_memory, rank_parameters
+from megatron.model.recompute_flops import UnitShape
+from megatron.parallel.groups import create_groups
+from megatron.parallel.mesh import Mesh
+from tests.model.test_recompute import HIDDEN, SEQUENCE, TOKENS, formula
+from tests.model.tiny import LLAMA, VOCAB_SIZE, backend_called, tiny_config, tiny_gpt
+from tests.ranks import run_on_ranks
+
+VARIANTS = {
+    "gpt2": {},
+    "llama": LLAMA,
+    "norms of heads": {**LLAMA, "qk_layernorm": True},
+    "grouped": {"num_key_value_heads": 2},
+    "own head": {"untie_embeddings_and_output_weights": True},
+}
+
+
+def parameters(model, tensor_size=1):
+    """Parameters of a model: as there are, and as the formula has them."""
+    predicted = rank_parameters(
+        model.config,
+        model.padded_vocab_size,
+        tensor_size=tensor_size,
+        num_blocks=model.config.num_layers,
+    )
+    return sum(parameter.numel() for parameter in model.parameters()), predicted
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_parameters_are_counted(changes):
+    there, predicted = parameters(tiny_gpt(**changes))
+    assert predicted == there
+
+
+def parameters_of_ranks():
+    groups, found = create_groups(Mesh(tensor=2), dist.get_rank()), []
+    for changes in (VARIANTS["gpt2"], VARIANTS["llama"]):
+        for sharded in (False, True):
+            model = GPT(
+                tiny_config(**changes),
+                vocab_size=VOCAB_SIZE,
+                groups=groups,
+                attention=backend_called("sdpa"),
+                sequence_parallel=sharded,
+            )
+            found.append(parameters(model, tensor_size=2))
+    return found
+
+
+def test_parameters_of_tensor_ranks_are_counted():
+    for of_rank in run_on_ranks(2, parameters_of_ranks):
+        assert all(there == predicted for there, predicted in of_rank)
+
+
+def test_pipeline_stages_hold_the_whole_and_a_second_tied_embedding():
+    model = tiny_gpt()
+    config, rows = model.config, model.padded_vocab_size
+    whole = rank_parameters(config, rows, num_blocks=5, tensor_size=1)
+    first = rank_parameters(config, rows, num_blocks=2, is_last=False, tensor_size=1)
+    last = rank_parameters(config, rows, num_blocks=3, is_first=False, tensor_size=1)
+    assert first + last == whole + rows * config.hidden_size
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "unfused"])
+@pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt2", "llama"])
+def test_a_block_keeps_what_the_table_of_recompute_says(changes, backend):
+    """In fp32; the table's CPU keeps one tensor more for each RMSNorm."""
+    config = tiny_gpt(**changes).config
+    attention = "fused" if backend == "sdpa" else "written out"
+    shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, itemsize=4, attention=attention)
+    predicted = block_memory(config, shape, sequence_parallel=False, fused=False)
+    of_norms = 2 * TOKENS * HIDDEN * 4 if config.normalization == "rmsnorm" else 0
+    assert predicted.kept == formula(config, backend=backend) - of_norms
+    assert predicted.stream == TOKENS * HIDDEN * 4
+
+
+def test_fused_kernels_and_tensor_ranks_keep_less():
+    config = tiny_gpt(**LLAMA, hidden_dropout=0.1).config
+
+    def kept(tensor_size=1, **switches):
+        shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, tensor_size=tensor_size)
+        return block_memory(config, shape, **switches).kept
+
+    plain, fused = kept(sequence_parallel=False, fused=False), kept(sequence_parallel=False, fused=True)
+    inner, rotated = config.ffn_hidden_size, config.hidden_size * 3 // 2
+    assert plain - fused == TOKENS * (2 * inner + 2 * rotated + 2 * HIDDEN)  # activated gate, copies of heads, masks
+    assert kept(2, sequence_parallel=True, fused=True) == fused // 2
+    assert fused // 2 < kept(2, sequence_parallel=False, fused=True) < fused
+
+
+def test_chunks_of_the_loss_bound_the_logits():
+    config = tiny_gpt().config
+
+    def head(tokens, chunk_size):
+        shape = UnitShape(tokens=tokens, seq_length=tokens)
+        return head_memory(config, shape, 50304, sequence_parallel=False, chunk_size=chunk_size, fused=True)
+
+    per_token = 2 * 50304
+    assert head(4096, 0) - head(2048, 0) == 2048 * (per_token + 3 * 2 * HIDDEN)
+    assert head(4096, 1024) - head(2048, 1024) == 2048 * 3 * 2 * HIDDEN
+    assert head(4096, 2048) - head(4096, 1024) == 1024 * (per_token + 2 * 2 * HIDDEN)

@@ -1,0 +1,103 @@
+"""What DeepSpeed holds for the parameters of a run, measured on CPUs, and the sums that are made of it."""
+
+import json
+import shlex
+
+import pytest
+
+from megatron.config.run import load_run_config, parse_run_config
+from megatron.training.benchmark import predict_run
+from tests.ranks import run_on_ranks
+
+RUN = shlex.split(
+    """
+    --num-layers 4 --hidden-size 256 --num-attention-heads 4 --seq-length 8 --vocab-size 256 --mock-data
+    --train-iters 2 --lr 1e-3 --attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --num-workers 0
+    """
+)
+"""Parameters are all there is: 16 tokens beside 3 million of them."""
+
+
+def held(flags, folder):
+    """Bytes that a rank has allocated since its start and holds when its last forward pass begins."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    from megatron.engine.launch import read_environment
+    from megatron.training.build import build_trainer
+
+    environment = read_environment()
+    config = parse_run_config(flags, environment.world_size, rank=environment.rank)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer = build_trainer(config, environment)
+        forward = trainer.engine._forward
+
+        def noted(micro_batch):
+            with record_function("a forward pass"):
+                return forward(micro_batch)
+
+        trainer.engine._forward = noted
+        trainer.fit()
+    file = f"{folder}/{environment.rank}.json"
+    profiler.export_chrome_trace(file)
+    with open(file, encoding="utf-8") as stream:
+        events = json.load(stream)["traceEvents"]
+    begins = max(event["ts"] for event in events if event.get("name") == "a forward pass")
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+    return sum(size for when, size in changes if when < begins)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags"),
+    [
+        (1, "--precision bf16"),
+        (2, "--precision bf16"),
+        (1, "--precision fp32 --zero-stage 0"),
+    ],
+)
+def test_deepspeed_holds_what_is_predicted_when_a_later_micro_batch_begins(ranks, flags, tmp_path):
+    words = [*RUN, *shlex.split(flags), "--global-batch-size", str(2 * ranks)]
+    options = {"initialize": False, "deepspeed": True}
+    predicted = predict_run(load_run_config(words, ranks).config, ranks, on_gpu=False)
+    for found in run_on_ranks(ranks, held, words, str(tmp_path), **options):
+        assert found == pytest.approx(predicted.state.total, rel=0.05)
+
+
+def plan(*words, ranks=1):
+    run = [*RUN, "--seq-length", "1024", "--vocab-size", "50304", *words]
+    return predict_run(load_run_config(run, ranks).config, ranks)
+
+
+def test_recompute_trades_activations_for_one_unit_at_work():
+    everything, recomputed = plan(), plan("--recompute-granularity", "full")
+    assert recomputed.activations < everything.activations / 8
+    assert recomputed.state == everything.state
+    on_host = plan("--recompute-granularity", "full", "--recompute-inputs-on-host")
+    assert on_host.activations < recomputed.activations
+    budget = plan("--recompute-granularity", "products", "--recompute-budget-gib", "0.01")
+    assert recomputed.activations < budget.activations <= recomputed.activations + 0.01 * 2**30
+    first = plan("--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "2")
+    assert recomputed.activations < first.activations < everything.activations
+
+
+def test_zero_divides_one_thing_more_with_each_stage():
+    peaks = [plan("--zero-stage", str(stage), "--global-batch-size", "32", ranks=16).state for stage in (1, 2, 3)]
+    one, two, three = peaks
+    assert one.optimizer == two.optimizer == three.optimizer == plan().state.optimizer / 16
+    assert (one.weights, two.weights) == (plan().state.weights, plan().state.weights)
+    assert one.gradients > two.gradients == three.gradients
+    assert plan("--cpu-optimizer", "--global-batch-size", "2").state.optimizer == 0
+
+
+def test_the_fullest_stage_of_a_pipeline_counts():
+    words = ["--pipeline-model-parallel-size", "4", "--global-batch-size", "8", "--zero-stage", "1"]
+    first = plan(*words, "--pipeline-partition", "1,1,1,1", ranks=4)
+    assert first.stage == 3  # with the head
+    heavy = plan(*words, "--pipeline-partition", "1,1,1,1", "--seq-length", "16384", "--loss-chunk-size", "64", ranks=4)
+    assert heavy.stage == 0  # with four micro-batches in flight
+    assert max(heavy.moments, key=heavy.moments.get) == heavy.moment
+
+
+def test_one_line_tells_the_peak_and_its_parts():
+    line = plan().describe()
+    assert line.startswith(" memory: predicted peak ")
+    assert "GiB, at the loss (weights " in line
