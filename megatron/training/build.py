@@ -76,9 +76,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         resources.callback(reporter.close)
         inputs = _open_inputs(config, plan, place, tokenizer, attention, resume, reporter.say)
         chosen = f" attention: {attention.name}, {reason}"
-        model, memory = _build_model(
-            config, tokenizer.vocab_size, place, attention, recompute, plan, chosen, reporter.say
-        )
+        model, memory = _build_model(config, tokenizer, place, attention, recompute, plan, chosen, reporter.say)
         engine = build_engine(config, model, place)
         resources.callback(engine.close)
         if resume is not None:
