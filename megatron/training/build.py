@@ -87,7 +87,12 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         in_parts = pipelined or config.engine.zero_stage == 3  # no rank ever holds the whole model
         model_device = torch.device("meta") if in_parts else place.device
         model = build_model(config, tokenizer.vocab_size, place.groups, attention, recompute, model_device, kernels)
-        choices = [f" attention: {attention.name}, {reason}", f" kernels: {kernels_reason}", recompute.describe()]
+        compiled = "; blocks compiled" if config.kernels.compile else ""
+        choices = [
+            f" attention: {attention.name}, {reason}",
+            f" kernels: {kernels_reason}{compiled}",
+            recompute.describe(),
+        ]
         for sentence in _describe(config, plan, place, model, choices):
             reporter.say(sentence)
         engine = (_build_pipeline if pipelined else _build_flat)(config, model, place)
@@ -134,6 +139,8 @@ def build_model(
             loss_chunk_size=config.kernels.loss_chunk_size,
             kernels=kernels,
         )
+    if config.kernels.compile:
+        model.compile_blocks()
     return model
 
 
