@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from megatron.checkpoint.errors import CheckpointError
 from megatron.config.errors import ConfigError
 from megatron.engine.checkpoint_files import CheckpointFiles, read_file
+from megatron.engine.gradient_sum import sum_in_one_pass
 from megatron.engine.interface import Engine, MicroBatch, StepResult
 from megatron.engine.launch import quiet_stdout
 from megatron.engine.mpu import DeepSpeedGroups
@@ -79,6 +80,7 @@ def initialize(
         raise ConfigError(
             [f"--deepspeed_config: {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         ) from error
+    sum_in_one_pass(engine.optimizer)
     return engine
 
 

@@ -88,20 +88,21 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         in_parts = pipelined or config.engine.zero_stage == 3  # no rank ever holds the whole model
         model_device = torch.device("meta") if in_parts else place.device
         model = build_model(config, tokenizer.vocab_size, place.groups, attention, recompute, model_device, kernels)
-        memory = predict_memory(
-            config, tokenizer.vocab_size, place.groups, recompute, fused=kernels.softmax is not None
-        )
-        choices = [f" attention: {attention.name}, {reason}", f" kernels: {kernels_reason}", recompute.describe()]
-        choices.append(memory.describe() if place.device.type == "cuda" else None)  # of a process on a CPU it is a part
+        memory = predict_memory(config, tokenizer.vocab_size, place.groups, recompute, fused=kernels is not PLAIN)
+        compiled = "; blocks compiled" if config.kernels.compile else ""
+        choices = [
+            f" attention: {attention.name}, {reason}",
+            f" kernels: {kernels_reason}{compiled}",
+            recompute.describe(),
+            memory.describe() if place.device.type == "cuda" else None,  # of a process on a CPU it is a part
+        ]
         for sentence in _describe(config, plan, place, model, choices):
             reporter.say(sentence)
         engine = (_build_pipeline if pipelined else _build_flat)(config, model, place)
         resources.callback(engine.close)
         if resume is not None:
             _restore(resume, engine, place, with_streams=not config.checkpoint.no_load_rng)
-        reporter.start(
-            {"world_size": place.groups.world.size, **state.to_json(), "predicted_gib": memory.to_json()["peak"]}
-        )
+        reporter.start({"world_size": place.groups.world.size, "predicted_gib": memory.peak_gib, **state.to_json()})
         signals = SignalFlag(enabled=config.training.exit_signal_handler)
         return Trainer(
             plan,
@@ -141,6 +142,8 @@ def build_model(
             loss_chunk_size=config.kernels.loss_chunk_size,
             kernels=kernels,
         )
+    if config.kernels.compile:
+        model.compile_blocks()
     return model
 
 
