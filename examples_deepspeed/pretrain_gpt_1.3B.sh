@@ -15,7 +15,7 @@ options=(
     --seq-length "${SEQ_LENGTH:-2048}"
 
     --global-batch-size 512 # a million tokens a step
-    --micro-batch-size "${MICRO_BATCH:-8}" # 40 GB; 16,384 tokens keep a GPU's products busy
+    --micro-batch-size "${MICRO_BATCH:-8}" # 38 GB; 16,384 tokens keep a GPU's products busy
     --train-iters "$(steps 25081)" # 26 billion tokens, 20 for each weight
     --lr 2e-4
     --min-lr 2e-5

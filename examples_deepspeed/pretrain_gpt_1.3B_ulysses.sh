@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Long sequences with DeepSpeed's Ulysses: GPT 1.3B at 32,768 tokens, and up to a million.
 #
-#   SEQ_LENGTH=262144 examples_deepspeed/pretrain_gpt_1.3B_ulysses.sh                                # 66 GB
+#   SEQ_LENGTH=262144 examples_deepspeed/pretrain_gpt_1.3B_ulysses.sh                                # 63 GB
 #   SEQ_LENGTH=1048576 examples_deepspeed/pretrain_gpt_1.3B_ulysses.sh --recompute-granularity full  # 37 GB
 #
 # Each rank has a part of every sequence and all weights; before attention they exchange it for whole sequences of some
@@ -25,7 +25,7 @@ options=(
     --rotary-base 1000000 # so that the slowest channels turn less than once in a million tokens
 
     --global-batch-size "$((samples < micro_batch ? micro_batch : samples))"
-    --micro-batch-size "$micro_batch" # 20 GB
+    --micro-batch-size "$micro_batch" # 17 GB
     --train-iters "$(steps 25081)" # 26 billion tokens, 20 for each weight
     --lr 2e-4
     --min-lr 2e-5

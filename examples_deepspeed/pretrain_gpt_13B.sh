@@ -15,7 +15,7 @@ options=(
     --seq-length "${SEQ_LENGTH:-2048}"
 
     --global-batch-size 1024 # two million tokens a step
-    --micro-batch-size "${MICRO_BATCH:-4}" # 59 GB on one machine, less on more: more ranks share the optimizer state
+    --micro-batch-size "${MICRO_BATCH:-4}" # 53 GB on one machine, less on more: more ranks share the optimizer state
     --train-iters "$(steps 122547)" # 257 billion tokens, 20 for each weight
     --lr 1e-4
     --min-lr 1e-5

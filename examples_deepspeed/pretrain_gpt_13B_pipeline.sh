@@ -18,7 +18,7 @@ options=(
     --seq-length "${SEQ_LENGTH:-2048}"
 
     --global-batch-size 1024 # a rank idles (stages - 1) / micro-batches of a step: many of them hide it
-    --micro-batch-size "${MICRO_BATCH:-2}" # 40 GB; the first stage keeps as many micro-batches as there are stages
+    --micro-batch-size "${MICRO_BATCH:-2}" # 37 GB; the first stage keeps as many micro-batches as there are stages
     --train-iters "$(steps 122547)" # 257 billion tokens, 20 for each weight
     --lr 1e-4
     --min-lr 1e-5

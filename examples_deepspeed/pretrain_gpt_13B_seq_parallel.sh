@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Long sequences with Megatron's sequence parallelism: GPT 13B at 16,384 tokens, and many more.
 #
-#   SEQ_LENGTH=262144 examples_deepspeed/pretrain_gpt_13B_seq_parallel.sh --recompute-granularity full  # 59 GB
+#   SEQ_LENGTH=262144 examples_deepspeed/pretrain_gpt_13B_seq_parallel.sh --recompute-granularity full  # 56 GB
 # world size: 8
 #
 # What can be set is at the head of pretrain.sh.
@@ -21,7 +21,7 @@ options=(
     --rotary-base 1000000 # so that the slowest channels turn less than once in a million tokens
 
     --global-batch-size "$((samples < micro_batch ? micro_batch : samples))"
-    --micro-batch-size "$micro_batch" # 46 GB
+    --micro-batch-size "$micro_batch" # 43 GB
     --train-iters "$(steps 122547)" # 257 billion tokens, 20 for each weight
     --lr 1e-4
     --min-lr 1e-5

@@ -15,7 +15,7 @@ options=(
     --seq-length "${SEQ_LENGTH:-2048}"
 
     --global-batch-size 512 # a million tokens a step
-    --micro-batch-size "${MICRO_BATCH:-4}" # 48 GB
+    --micro-batch-size "${MICRO_BATCH:-4}" # 43 GB
     --train-iters "$(steps 50545)" # 53 billion tokens, 20 for each weight
     --lr 1.6e-4
     --min-lr 1.6e-5

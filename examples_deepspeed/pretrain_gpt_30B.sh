@@ -17,7 +17,7 @@ options=(
     --init-method-std 0.008 # about sqrt(2 / 5h), for a width at which 0.02 is too much
 
     --global-batch-size 1024 # two million tokens a step
-    --micro-batch-size "${MICRO_BATCH:-2}" # 58 GB on two machines, 80 GB on one
+    --micro-batch-size "${MICRO_BATCH:-2}" # 51 GB on two machines, 73 GB on one
     --train-iters "$(steps 279427)" # 586 billion tokens, 20 for each weight
     --lr 1e-4
     --min-lr 1e-5

@@ -20,7 +20,7 @@ options=(
     --rotary-base 1000000 # so that the slowest channels turn less than once in a million tokens
 
     --global-batch-size "$((samples < micro_batch ? micro_batch : samples))"
-    --micro-batch-size "$micro_batch" # 57 GB on two machines, 79 GB on one
+    --micro-batch-size "$micro_batch" # 51 GB on two machines, 73 GB on one
     --train-iters "$(steps 139714)" # 586 billion tokens, 20 for each weight
     --lr 1e-4
     --min-lr 1e-5

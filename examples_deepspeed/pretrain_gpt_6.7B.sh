@@ -15,12 +15,12 @@ options=(
     --seq-length "${SEQ_LENGTH:-2048}"
 
     --global-batch-size 1024 # two million tokens a step
-    --micro-batch-size "${MICRO_BATCH:-4}" # 55 GB of each GPU
+    --micro-batch-size "${MICRO_BATCH:-4}" # 48 GB of each GPU
     --train-iters "$(steps 63505)" # 133 billion tokens, 20 for each weight
     --lr 1.2e-4
     --min-lr 1.2e-5
 
-    # Weights and gradients alone would take 53 GB of each GPU (8 bytes for each weight at the end of backward).
+    # Weights and gradients alone would take 53 GB of each GPU (8 bytes for each weight when backward ends).
     --tensor-model-parallel-size "${TENSOR_PARALLEL:-$(ranks_within 2)}"
     --sequence-parallel # the rest of a layer is divided too, at no more traffic forward
     --zero-stage 1

@@ -20,7 +20,7 @@ options=(
     --untie-embeddings-and-output-weights
 
     --global-batch-size 512 # a million tokens a step
-    --micro-batch-size "${MICRO_BATCH:-8}" # 42 GB
+    --micro-batch-size "${MICRO_BATCH:-8}" # 39 GB
     --train-iters "$(steps 25654)" # 27 billion tokens, 20 for each weight
     --lr 3e-4
     --min-lr 3e-5

@@ -21,7 +21,7 @@ options=(
     --untie-embeddings-and-output-weights
 
     --global-batch-size 1024 # four million tokens a step
-    --micro-batch-size "${MICRO_BATCH:-2}" # 56 GB of each GPU
+    --micro-batch-size "${MICRO_BATCH:-2}" # 49 GB of each GPU
     --train-iters "$(steps 32131)" # 135 billion tokens, 20 for each weight (Llama 2 saw two trillion: 476,837)
     --lr 3e-4
     --min-lr 3e-5

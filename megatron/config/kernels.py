@@ -48,6 +48,11 @@ class KernelsConfig:
         help="tokens whose logits exist at a time: the output head and the loss are computed as one, a chunk after the "
         "other; 0: all logits at once",
     )
+    compile: bool = flag(
+        False,
+        help="compile the blocks by torch.compile, one graph for all, fused operations kept as they are; on "
+        "data-parallel ranks alone, without recompute",
+    )
     recompute_granularity: str = flag(
         "none",
         choices=("none", "full", "selective", "products"),

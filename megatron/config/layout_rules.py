@@ -62,6 +62,22 @@ def a_chunk_of_the_loss_holds_a_position(
         )
 
 
+def compiled_blocks_are_whole(kernels: KernelsConfig, parallel: ParallelConfig, engine: EngineConfig) -> Iterator[str]:
+    """A block is one graph only where nothing inside of it talks to other ranks, gathers weights or runs again."""
+    if not kernels.compile:
+        return
+    hindrances = [f"{spell(axis)} {size}" for axis in AXES if (size := getattr(parallel, axis)) > 1]
+    if engine.zero_stage == 3:
+        hindrances.append("--zero-stage 3")
+    if kernels.recompute_granularity != "none":
+        hindrances.append(f"--recompute-granularity {kernels.recompute_granularity}")
+    if hindrances:
+        yield (
+            f"--compile makes one graph of a block, which {' and '.join(hindrances)} would break apart: leave one or "
+            f"the other out."
+        )
+
+
 def ranks_divide_the_sequence(parallel: ParallelConfig, data: DataConfig) -> Iterator[str]:
     """Ulysses ranks, and under sequence parallelism the tensor ranks of each, hold as many tokens."""
     shards, flags = (

@@ -30,6 +30,7 @@ from megatron.engine.fragments import (
     stepped_by,
     type_of,
 )
+from megatron.engine.gradient_sum import sum_in_one_pass
 from megatron.engine.interface import Engine, MicroBatch, StepResult
 from megatron.engine.launch import quiet_stdout
 from megatron.engine.mpu import DeepSpeedGroups
@@ -90,6 +91,7 @@ def initialize(
         raise ConfigError(
             [f"--deepspeed_config: {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         ) from error
+    sum_in_one_pass(engine.optimizer)
     return engine
 
 

@@ -241,6 +241,15 @@ class GPT(nn.Module):
                 x = run_stages(members, x, context)
         return run_stages(stages[blocks.stop : part.stop], x, context)
 
+    def compile_blocks(self) -> None:
+        """Let torch compile the blocks when they first run: one graph, made once, serves all of them.
+
+        Raises, then, where a block is no whole graph.
+        """
+        for stage in self.stages():
+            if isinstance(stage, Block):
+                stage.compile(fullgraph=True, dynamic=False)
+
     def blocks_in(self, part: range) -> range:
         """Find the stages of `part` that are blocks: all but the two before the blocks and the two after them."""
         first = min(max(part.start, 2), part.stop)

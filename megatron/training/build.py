@@ -20,7 +20,7 @@ from megatron.engine.interface import Engine
 from megatron.engine.launchers import RankEnvironment
 from megatron.kernels.attention.interface import AttentionBackend
 from megatron.kernels.attention.pick import pick_attention
-from megatron.kernels.choice import choose_kernels
+from megatron.kernels.choice import PLAIN, choose_kernels
 from megatron.model.flops import model_flops_per_token
 from megatron.model.gpt import GPT, padded_vocab_size
 from megatron.parallel.sharding import describe_sharding
@@ -85,8 +85,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
         proof = _build_proof(config, plan, place, tokenizer, inputs, engine, batches, attention.name)
         watch = build_watch(config.checkpoint, resume, engine, proof, place, state, reporter.say)
         resources.callback(watch.close)
-        predicted = memory.to_json()["peak"]
-        reporter.start({"world_size": place.groups.world.size, **state.to_json(), "predicted_gib": predicted})
+        reporter.start({"world_size": place.groups.world.size, "predicted_gib": memory.peak_gib, **state.to_json()})
         checkpoints = _build_checkpoints(config, place, proof, resume, reporter.say)
         if checkpoints is not None:
             resources.callback(checkpoints.close)
@@ -121,10 +120,15 @@ def _build_model(
 ) -> tuple[GPT, MemoryPlan]:
     """Make the model, predict what it will hold, and say what was chosen."""
     kernels, reason = choose_kernels(config.kernels, place.device.type)
-    memory = predict_memory(config, tokenizer.vocab_size, place.groups, recompute, fused=kernels.softmax is not None)
+    memory = predict_memory(config, tokenizer.vocab_size, place.groups, recompute, fused=kernels is not PLAIN)
     model = build_model(config, tokenizer.vocab_size, place.groups, attention, recompute, place.device, kernels)
-    choices = [attention_text, f" kernels: {reason}", recompute.describe()]
-    choices.append(memory.describe() if place.device.type == "cuda" else None)  # of a process on a CPU it is a part
+    compiled = "; blocks compiled" if config.kernels.compile else ""
+    choices = [
+        attention_text,
+        f" kernels: {reason}{compiled}",
+        recompute.describe(),
+        memory.describe() if place.device.type == "cuda" else None,  # of a process on a CPU it is a part
+    ]
     for sentence in _describe(config, plan, place, model, choices):
         say(sentence)
     return model, memory

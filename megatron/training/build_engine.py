@@ -109,6 +109,8 @@ def build_model(
             loss_chunk_size=config.kernels.loss_chunk_size,
             kernels=kernels,
         )
+    if config.kernels.compile:
+        model.compile_blocks()
     return model
 
 

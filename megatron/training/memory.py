@@ -36,7 +36,7 @@ class StateMemory:
 
     Attributes:
         weights: in the dtype of forward, with those that ZeRO-3 gathers.
-        gradients: whole micro-batches of them, as they are when backward starts.
+        gradients: those that are there when the backward pass of a later micro-batch starts.
         optimizer: the fp32 copy and the optimizer's own.
         buckets: buffers that stay.
         made: gradients that a backward pass adds.
@@ -80,6 +80,11 @@ class MemoryPlan:
     def peak(self) -> float:
         """Bytes at the fullest moment."""
         return max(self.moments.values())
+
+    @property
+    def peak_gib(self) -> float:
+        """GiB at that moment."""
+        return self.peak / GIB
 
     @property
     def moment(self) -> str:
@@ -232,14 +237,15 @@ def state_memory(
             made=4 * parameters - gradients,
         )
     if engine.zero_stage == 1 and training.precision == "bf16" and in_fp32 and not engine.cpu_optimizer:
-        # Two of each gradient: that of the micro-batch, which is zeroed and not freed, and the sum.
+        # The sums are there from the start; a micro-batch's own gradients are freed once they are added.
+        own, gathering = 2 * parameters, 2 * min(parameters, engine.zero_allgather_bucket_size)
         return StateMemory(
             weights=2 * parameters,
-            gradients=(6 if accumulates else 4) * parameters,
+            gradients=4 * parameters,
             optimizer=optimizer,
-            made=0 if accumulates else 2 * parameters,
-            reducing=4 * bucket,
-            stepping=2 * min(parameters, engine.zero_allgather_bucket_size) if replicas > 1 else 0,
+            made=own,
+            reducing=max(4 * bucket - own, 0),
+            stepping=max(gathering - own, 0) if replicas > 1 else 0,
         )
     return _partitioned(parameters, item, 4 if in_fp32 else item, engine, replicas, optimizer, accumulates)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron.checkpoint.fragments import Fragment, LogicalTensors
 from megatron.config.sections import RunConfig
 from megatron.engine.interface import Engine, MicroBatch, StepResult
 from megatron.engine.launchers import RankEnvironment
@@ -18,6 +16,7 @@ from megatron.parallel.mesh import Coordinates
 from megatron.parallel.sharding import Sharding, sharding_of
 from megatron.training.build import build_trainer
 from megatron.training.metrics import memory_gib
+from megatron.training.watched_engine import WatchedEngine
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def record_run(
     return recorded.record
 
 
-class RecordedEngine:
+class RecordedEngine(WatchedEngine):
     """An engine that notes what its steps come to; the last one is followed by a look at the weights.
 
     Attributes:
@@ -91,9 +90,7 @@ class RecordedEngine:
     """
 
     def __init__(self, engine: Engine, num_steps: int) -> None:
-        self.device = engine.device
-        self.module = engine.module
-        self._engine = engine
+        super().__init__(engine)
         self._num_steps = num_steps
         groups: ParallelGroups = engine.module.groups  # type: ignore[assignment]
         places = Coordinates(groups.pipeline.rank, groups.data.rank, groups.ulysses.rank, groups.tensor.rank)
@@ -101,7 +98,7 @@ class RecordedEngine:
 
     def train_step(self, micro_batches: Sequence[MicroBatch], learning_rate: float, weight_decay: float) -> StepResult:
         """See `Engine.train_step`."""
-        result = self._engine.train_step(micro_batches, learning_rate, weight_decay)
+        result = super().train_step(micro_batches, learning_rate, weight_decay)
         record = self.record
         record.losses.append(float(result.loss))
         record.grad_norms.append(float(result.grad_norm))
@@ -110,26 +107,6 @@ class RecordedEngine:
             record.peak_gib = memory_gib(self.device) if self.device.type == "cuda" else None
             record.final = held_weights(self.module)
         return result
-
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
-        """See `Engine.evaluate`."""
-        return self._engine.evaluate(micro_batches)
-
-    def state_fragments(self) -> Iterator[Fragment]:
-        """See `Engine.state_fragments`."""
-        return self._engine.state_fragments()
-
-    def state(self) -> dict[str, Any]:
-        """See `Engine.state`."""
-        return self._engine.state()
-
-    def load(self, tensors: LogicalTensors, state: Mapping[str, Any] | None, *, optimizer: bool = True) -> None:
-        """See `Engine.load`."""
-        self._engine.load(tensors, state, optimizer=optimizer)
-
-    def close(self) -> None:
-        """See `Engine.close`."""
-        self._engine.close()
 
 
 def held_weights(module: nn.Module) -> dict[str, Held]:

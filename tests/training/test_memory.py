@@ -1,5 +1,6 @@
 """What DeepSpeed holds for the parameters of a run, measured on CPUs, and the sums that are made of it."""
 
+import gc
 import json
 import shlex
 
@@ -32,6 +33,7 @@ def held(flags, folder):
         forward = trainer.engine._forward
 
         def noted(micro_batch):
+            gc.collect()
             with record_function("a forward pass"):
                 return forward(micro_batch)
 
