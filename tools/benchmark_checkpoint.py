@@ -5,6 +5,7 @@ Flags of its own come before or between the others:
   --folder DIR     where to write; three times the size of the optimizer's state must be free (default: a temporary one)
   --other "FLAGS"  load into this layout too: flags that replace those of the run; may be repeated
   --deepspeed      measure DeepSpeed's own save_checkpoint and load_checkpoint as well
+  --without WHAT   leave out "torch" (torch.save of the same bytes) or "background" (saves beside the training)
 
 Takes one step, so that the optimizer has its moments, and saves and loads them in several ways. It prints seconds, GB
 and GB/s of all ranks together. Files are taken out of the page cache before they are read, where the system allows it.
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Tell this tool's flags from those of the run."""
     parser = argparse.ArgumentParser(
-        usage='benchmark_checkpoint.py [--folder DIR] [--other "FLAGS"] [--deepspeed] FLAGS OF pretrain_gpt.py',
+        usage="benchmark_checkpoint.py [FLAGS OF ITS OWN] FLAGS OF pretrain_gpt.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -81,6 +82,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--other", action="append", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)
+    choices = ("torch", "background")
+    parser.add_argument("--without", action="append", default=[], choices=choices, help=argparse.SUPPRESS)
     return parser.parse_known_args(argv)
 
 
@@ -93,7 +96,7 @@ def measure(
     trainer, clock = start(words, environment)
     root = Path(clock.control.of_first(own))
     num_bytes = 0
-    for row in measure_in_place(trainer, clock, root, deepspeed=arguments.deepspeed):
+    for row in measure_in_place(trainer, clock, root, arguments):
         num_bytes = row.num_bytes
         yield row
     checkpoint = next(root.glob("ours/step_*"))
@@ -114,7 +117,7 @@ def measure(
         yield Row(f"read as the first of {ranks} tensor ranks, to the host", seconds, num_bytes // ranks)
 
 
-def measure_in_place(trainer: Trainer, clock: Clock, root: Path, *, deepspeed: bool) -> Iterator[Row]:
+def measure_in_place(trainer: Trainer, clock: Clock, root: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     """Save the state of one engine, and load it into the same."""
     from megatron.checkpoint.find import find_checkpoint
     from megatron.checkpoint.fragments import open_tensors
@@ -122,8 +125,9 @@ def measure_in_place(trainer: Trainer, clock: Clock, root: Path, *, deepspeed: b
     engine, control = trainer.engine, clock.control
     own = sum(fragment.tensor.numel() * fragment.tensor.element_size() for fragment in engine.state_fragments())
     size = sum(control.gather(own))
-    yield from measure_torch(trainer, clock, root / f"torch_{control.rank}.pt", size)
-    if deepspeed:
+    if "torch" not in arguments.without:
+        yield from measure_torch(trainer, clock, root / f"torch_{control.rank}.pt", size)
+    if arguments.deepspeed:
         yield from measure_deepspeed(trainer, clock, root / "deepspeed")
     with closing_store(root / "ours", control) as store:
         yield Row("save", clock.time(lambda: store.save(snapshot(trainer))), size)
@@ -134,7 +138,8 @@ def measure_in_place(trainer: Trainer, clock: Clock, root: Path, *, deepspeed: b
     state = engine.state()
     yield Row("load", clock.time(lambda: engine.load(open_tensors(checkpoint), state)), size)
     yield Row("load again, from the page cache", clock.time(lambda: engine.load(open_tensors(checkpoint), state)), size)
-    yield from measure_background(trainer, clock, root / "background", size)
+    if "background" not in arguments.without:
+        yield from measure_background(trainer, clock, root / "background", size)
 
 
 def measure_background(trainer: Trainer, clock: Clock, root: Path, size: int) -> Iterator[Row]:

@@ -131,6 +131,7 @@ def load_model(path: Path, config: RunConfig, vocab_size: int, device_name: str 
     from megatron.kernels.attention.pick import pick_attention
     from megatron.model.gpt import GPT
     from megatron.parallel.groups import ParallelGroups
+    from megatron.parallel.sharding import describe_sharding
 
     device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[config.training.precision]
@@ -147,8 +148,9 @@ def load_model(path: Path, config: RunConfig, vocab_size: int, device_name: str 
     attention, _ = pick_attention("auto", request)
     with torch.device("meta"):
         model = GPT(config.model, vocab_size=vocab_size, groups=ParallelGroups.alone(), attention=attention)
+    shardings = describe_sharding(model)
     model.to_empty(device=device).to(dtype)
-    load_weights(model, open_tensors(path))
+    load_weights(model, open_tensors(path), shardings)
     return model
 
 

@@ -25,6 +25,9 @@ BEAT_SECONDS = 1.0
 SILENT_SECONDS = 120.0
 """How long a rank's sign of life may stay as it is; file systems over a network show it up to a minute late."""
 
+HURRIED_SECONDS = 4.0
+"""The same when the run ends with an error, likely because that rank is gone."""
+
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 0.5
 """Between two looks at the folder, in seconds; it grows."""
 
@@ -108,8 +111,16 @@ class Heartbeat:
                 os.utime(self._path)
 
 
-def wait_for_records(staging: Path, ranks: Iterable[int], time_limit: float) -> list[Part]:
+def wait_for_records(
+    staging: Path, ranks: Iterable[int], time_limit: float, hurried: threading.Event | None = None
+) -> list[Part]:
     """Wait until each of the ranks has written its record; returns what they wrote, in the order of ranks.
+
+    Args:
+        staging: the folder that they write into.
+        ranks: whose records are waited for.
+        time_limit: seconds for all.
+        hurried: once it is set, because the run ends with an error, a rank without a sign of life is soon given up.
 
     Raises:
         CheckpointError: ranks could not write, died, or took longer than `time_limit` seconds.
@@ -118,8 +129,9 @@ def wait_for_records(staging: Path, ranks: Iterable[int], time_limit: float) -> 
     waiting, problems = list(watches), []
     deadline, pause = time.monotonic() + time_limit, SHORTEST_PAUSE
     while waiting:
+        silence = HURRIED_SECONDS if hurried is not None and hurried.is_set() else SILENT_SECONDS
         names = set(os.listdir(staging))  # one question to the file system, however many ranks there are
-        dead = [watch for watch in waiting if watch.is_dead(names)]
+        dead = [watch for watch in waiting if watch.is_dead(names, silence)]
         problems += [f"rank {watch.rank} died while it wrote" for watch in dead]
         waiting = [watch for watch in waiting if watch not in dead and watch.record.name not in names]
         if waiting and time.monotonic() > deadline:
@@ -150,7 +162,7 @@ class _Watch:
         self._seen: int | None = None
         self._since = time.monotonic()
 
-    def is_dead(self, names: set[str]) -> bool:
+    def is_dead(self, names: set[str], silence: float) -> bool:
         if self.record.name in names:
             return False
         beat = self._beat() if self._alive.name in names else None
@@ -158,7 +170,7 @@ class _Watch:
             return not self.record.exists()  # the sign of life is taken away after the record is there, if it comes
         if beat != self._seen:
             self._seen, self._since = beat, time.monotonic()
-        return time.monotonic() - self._since > SILENT_SECONDS
+        return time.monotonic() - self._since > silence
 
     def _beat(self) -> int | None:
         try:

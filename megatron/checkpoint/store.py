@@ -117,6 +117,7 @@ class CheckpointStore:
         self._time_limit = time_limit
         self._copies = HostCopies()
         self._under_way: _Save | None = None
+        self._hurried = threading.Event()
 
     def tidy(self, resumed: Path) -> None:
         """Do what a run that was killed right after its last commit has left undone.
@@ -177,6 +178,7 @@ class CheckpointStore:
     def close(self) -> None:
         """Let a save that is under way go on for some seconds, when the run ends without having waited for it."""
         if self._under_way is not None and self._under_way.thread is not None:
+            self._hurried.set()
             self._under_way.thread.join(CLOSING_SECONDS)
 
     def _begin(self, snapshot: Snapshot, started: float) -> _Save:
@@ -242,7 +244,7 @@ class CheckpointStore:
         failed = {rank: problem for rank, problem in problems.items() if problem is not None}
         try:
             writing = [rank for rank in range(self._ranks.size) if rank not in failed]
-            parts = wait_for_records(save.staging, writing, self._time_limit)
+            parts = wait_for_records(save.staging, writing, self._time_limit, self._hurried)
             if failed:
                 raise CheckpointError("; ".join(failed.values()))
             files = {name: digest for part in parts for name, digest in part.files.items()}

@@ -329,6 +329,15 @@ def test_a_rank_without_a_sign_of_life_ends_the_wait(tmp_path, monkeypatch):
         records.wait_for_records(tmp_path, range(2), 30)
 
 
+def test_a_run_that_ends_with_an_error_soon_gives_up_a_rank_that_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "HURRIED_SECONDS", 0.2)
+    (tmp_path / records.alive_file(1)).touch()
+    hurried = threading.Event()
+    threading.Timer(0.1, hurried.set).start()
+    with pytest.raises(CheckpointError, match=r"^rank 1 died while it wrote$"):
+        records.wait_for_records(tmp_path, [1], 30, hurried)
+
+
 def test_a_rank_that_leaves_without_a_word_ends_the_wait_at_once(tmp_path):
     beat = records.Heartbeat(tmp_path, 0)
     beat.__enter__()

@@ -15,7 +15,7 @@ from megatron.checkpoint.fragments import open_tensors
 from megatron.config.errors import UserError
 from megatron.config.run import parse_run_config
 from megatron.engine.launch import read_environment
-from megatron.parallel.sharding import Sharding
+from megatron.parallel.sharding import Sharding, describe_sharding
 from megatron.training.state import TrainState
 
 
@@ -30,7 +30,7 @@ class Start:
         draws: numbers that are drawn next.
         engine: what `Engine.state` says.
         fragments: what this rank holds, by name, kind and place.
-        shardings: of each parameter.
+        shardings: of each parameter that the rank holds a part of.
         said: what was printed.
     """
 
@@ -67,7 +67,8 @@ def start(flags: list[str]) -> Start:
                     (one.name, one.kind, one.sharding.rank, one.start): one.tensor.detach().clone()
                     for one in trainer.engine.state_fragments()
                 },
-                shardings={one.name: one.sharding for one in trainer.engine.state_fragments()},
+                shardings=describe_sharding(trainer.engine.module)
+                | {one.name: one.sharding for one in trainer.engine.state_fragments()},
                 said="",
             )
     return Start(**{**vars(found), "said": said.getvalue()})

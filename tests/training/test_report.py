@@ -7,6 +7,7 @@ import types
 
 import pytest
 
+from megatron.checkpoint.store import Saved
 from megatron.config.errors import UserError
 from megatron.config.reporting import ReportingConfig
 from megatron.training.progress import LiveConsole, PlainConsole, build_console, train_line
@@ -235,3 +236,17 @@ def test_wandb_and_mlflow_are_driven_through_their_interfaces(monkeypatch):
     assert {"init", "log", "finish", "start_run", "log_dict", "log_metrics", "end_run"} <= set(names)
     assert next(kwargs for name, _, kwargs in calls if name == "init")["project"] == "p"
     assert next(args for name, args, _ in calls if name == "log_metrics")[0]["lm loss"] == 3.25
+
+
+def test_a_save_is_told_with_size_speed_and_what_the_training_waited(tmp_path, capsys):
+    saved = Saved(path=tmp_path / "step_0000020", iteration=20, num_bytes=3 * 10**9, seconds=2.0, stalled=0.25)
+    reporter = build_reporter(
+        ReportingConfig(progress="plain"), is_first=True, save=str(tmp_path), total_iterations=None, config={}
+    )
+    reporter.saved(saved)
+    reporter.close()
+    assert f" saved {saved.path}: 3.000 GB in 2.00 s (1.50 GB/s), the training waited 250 ms" in capsys.readouterr().out
+    (record,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    time = record.pop("time")
+    assert time > 0
+    assert record == {"kind": "save", "iteration": 20, "bytes": 3 * 10**9, "seconds": 2.0, "waited_ms": 250.0}
