@@ -94,9 +94,10 @@ def run_import(arguments: argparse.Namespace) -> int:
         divisor=arguments.make_vocab_size_divisible_by,
     )
     print(f"{made.path}: {made.num_parameters:,} parameters of {arguments.hf}")
-    start = ["pretrain_gpt.py", "--load", str(arguments.save), "--finetune", "--precision", made.precision]
+    start = ["python", "pretrain_gpt.py", "--load", str(arguments.save), "--finetune", "--precision", made.precision]
     words = [*model_words(made.model), *tokenizer_words(made.data)]
-    print(f"start from it with\n\n{shell_line([*start, *words])}\n    ...\n")
+    print("start from it with these flags, and those of the training (--lr, --train-iters, --data-path, ...):\n")
+    print(f"{shell_line([*start, *words])}\n")
     print(f"or with --load {arguments.save} --finetune --use-checkpoint-args instead of the model's flags")
     return check(arguments, arguments.hf, made.path, made.model, made.num_parameters, "fp32")
 

@@ -117,6 +117,7 @@ def _their_logits(folder: Path, batches: list[Tensor]) -> list[Tensor]:
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it tells every value of the config
+    logging.disable_progress_bar()
     options: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     try:
         theirs = AutoModelForCausalLM.from_pretrained(
@@ -126,5 +127,6 @@ def _their_logits(folder: Path, batches: list[Tensor]) -> list[Tensor]:
         raise ConvertError(f"transformers cannot open {folder}: {error}") from error
     finally:
         logging.set_verbosity(level)
+        logging.enable_progress_bar()
     theirs.eval()
     return [theirs(tokens, use_cache=False).logits for tokens in batches]
