@@ -13,7 +13,14 @@ from megatron.kernels.build import KernelBuildError, load_kernels
 from megatron.kernels.cross_entropy import FusedSoftmax
 from megatron.kernels.dropout import dropout_add, fused_dropout_add
 from megatron.kernels.norm import add_norm, fused_add_norm, fused_norm, fused_stream_norm, norm, stream_norm
-from megatron.kernels.rotary import apply_rotary, fused_rotary, fused_split, split_rotary
+from megatron.kernels.rotary import (
+    apply_rotary,
+    fused_heads,
+    fused_rotary,
+    fused_split,
+    split_heads,
+    split_rotary,
+)
 from megatron.kernels.softmax import fused_scaled_softmax, scaled_softmax
 
 log = logging.getLogger(__name__)
@@ -28,6 +35,7 @@ class Kernels:
     add_norm: Callable[..., Any] = add_norm
     rotary: Callable[..., Any] = apply_rotary
     split_rotary: Callable[..., Any] = split_rotary
+    split_heads: Callable[..., Any] = split_heads
     activations: Mapping[str, Activation] = field(default_factory=lambda: ACTIVATIONS)
     adds_bias: bool = False
     """Whether the activation should add the bias of the product before it; a product does it as well as plain torch."""
@@ -44,7 +52,7 @@ PLAIN = Kernels()
 
 FUSED: dict[str, dict[str, Any]] = {
     "norm": {"norm": fused_norm, "stream_norm": fused_stream_norm, "add_norm": fused_add_norm},
-    "rotary": {"rotary": fused_rotary, "split_rotary": fused_split},
+    "rotary": {"rotary": fused_rotary, "split_rotary": fused_split, "split_heads": fused_heads},
     "activation": {"activations": FUSED_ACTIVATIONS, "adds_bias": True},
     "dropout": {"dropout_add": fused_dropout_add, "drops_by_place": True},
     "softmax": {"scaled_softmax": fused_scaled_softmax},

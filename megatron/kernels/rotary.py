@@ -7,6 +7,7 @@ key/value heads, g = n / k query heads of each.
 |---------------------------------------|----------------|
 | `apply_rotary`                        | `fused_rotary` |
 | `split_rotary`                        | `fused_split`  |
+| `split_heads`                         | `fused_heads`  |
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from megatron.kernels.operator import (
     Operator,
     address,
     falls_back,
+    goes_straight,
     place,
     why_not_computed,
 )
@@ -135,6 +137,14 @@ def fused_split(
         product_sbc, cos_pr, sin_pr, position_ids_bs, groups, head_size, interleaved
     )
     return parts
+
+
+def fused_heads(product_sbc: Tensor, groups: int, head_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `split_heads`; backward puts the three gradients together in one pass."""
+    if goes_straight(product_sbc) and why_not_computed(product_sbc.dtype) is None and torch.is_grad_enabled():
+        parts: tuple[Tensor, Tensor, Tensor] = _Heads.apply(product_sbc, groups, head_size)
+        return parts
+    return split_heads(product_sbc, groups, head_size)
 
 
 def _why_not(x: Tensor, table: Tensor) -> str | None:
@@ -333,3 +343,23 @@ def _split_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...
 
 _rotate.define_gradient(_rotate_gradient, _keep_tables)
 _split.define_gradient(_split_gradient, _keep_tables)
+
+
+class _Heads(torch.autograd.Function):
+    """Views of the product, which an operator may not return."""
+
+    @staticmethod
+    def forward(ctx: Any, product_sbc: Tensor, groups: int, head_size: int) -> Parts:
+        ctx.set_materialize_grads(False)
+        parts = split_heads(product_sbc, groups, head_size)
+        ctx.shapes = [part.shape for part in parts]
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        some = next((grad for grad in grads if grad is not None), None)
+        if some is None:
+            return None, None, None
+        whole = [some.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads, ctx.shapes, strict=True)]
+        table = some.new_empty((some.shape[0], 0), dtype=torch.float32)  # no channel is rotated
+        return _join(*whole, table, table, None, False), None, None

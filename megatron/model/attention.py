@@ -36,7 +36,7 @@ class Attention(nn.Module):
         attend: computes softmax(query key^T) value, whether or not sequences are divided over ranks.
         rotary: rotates queries and keys by position, or nothing.
         sequence_parallel: whether the hidden states are this rank's shard of the sequence.
-        kernels: what computes the norms of query and key.
+        kernels: what computes the norms of query and key, and cuts their product.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.group = group
         self.attend = attend
+        self.split_heads = kernels.split_heads
         self.rotary = rotary
         self.head_size = config.kv_channels
         self.dropout = config.attention_dropout
@@ -112,7 +113,11 @@ class Attention(nn.Module):
         where = (context.offset, context.position_ids)
         if self.rotary is not None and self.query_norm is None and self.qkv.is_grouped:
             return self.rotary.split(self.qkv.product(hidden), self.qkv.key_value_heads, self.head_size, *where)
-        query_sbnd, key_sbkd, value_sbkd = self.qkv(hidden)
+        if self.qkv.is_grouped:
+            product = self.qkv.product(hidden)
+            query_sbnd, key_sbkd, value_sbkd = self.split_heads(product, self.qkv.key_value_heads, self.head_size)
+        else:
+            query_sbnd, key_sbkd, value_sbkd = self.qkv(hidden)
         if self.query_norm is not None and self.key_norm is not None:
             query_sbnd, key_sbkd = self.query_norm(query_sbnd), self.key_norm(key_sbkd)
         if self.rotary is not None:

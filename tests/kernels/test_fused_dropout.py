@@ -71,19 +71,6 @@ def test_a_part_of_a_tensor_has_the_mask_of_its_place(first, device):
     check_bits(device, (8, 264), torch.bfloat16, torch.bfloat16, biased=True, first=first)
 
 
-@pytest.mark.gpu
-@settings(max_examples=40, deadline=None)
-@given(
-    rows=st.integers(1, 3000),
-    columns=st.integers(1, 5000),
-    first=st.integers(0, 2**40),
-    probability=st.floats(0.0, 0.999),
-    dtypes=st.sampled_from(TYPE_PAIRS),
-)
-def test_any_shape_place_and_probability(rows, columns, first, probability, dtypes):
-    check_bits("cuda", (rows, columns), *dtypes, biased=True, first=first, probability=probability)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_rows_give_no_rows_and_a_bias_gradient_of_zero(device):
     check_bits(device, (0, 264), torch.bfloat16, torch.bfloat16, biased=True)

@@ -4,8 +4,6 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.library import opcheck
 
 from megatron.kernels import norm
@@ -90,13 +88,6 @@ def test_weights_stored_minus_one_and_norms_without_a_bias(device):
     check(device, 5, 64, torch.float32, torch.float32, centred=True, added=True, offset=1.0, biased=False)
 
 
-@pytest.mark.gpu
-@settings(max_examples=40, deadline=None)
-@given(rows=st.integers(1, 700), columns=st.integers(8, 5000), centred=st.booleans(), added=st.booleans())
-def test_norm_of_any_shape(rows, columns, centred, added):
-    check("cuda", rows, columns, torch.bfloat16, torch.bfloat16, centred=centred, added=added)
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_no_rows_give_no_rows_and_zero_gradients(device):
     x = torch.empty(0, 2, 64, device=device, requires_grad=True)
@@ -113,6 +104,18 @@ def test_no_rows_give_no_rows_and_zero_gradients(device):
 def test_strided_rows_and_a_large_mean(device):
     x = (1000 + torch.randn(6, 4, 2, 64, generator=torch.Generator().manual_seed(0))).to(device)[:, :, 1]
     weight = torch.ones(64, device=device)
+    with kernels_on(device):
+        check_against_fp64(
+            lambda x, w: norm.fused_norm(x, w, None, 1e-5), lambda x, w: norm.norm(x, w, None, 1e-5), [x, weight], [x]
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("place", [0, 100])
+def test_one_huge_element_does_not_spoil_the_variance_of_its_row(place, device):
+    x = draw((4, 2048), torch.float32, device, 1)
+    x[:, place] = 1e4
+    weight = torch.ones(2048, device=device)
     with kernels_on(device):
         check_against_fp64(
             lambda x, w: norm.fused_norm(x, w, None, 1e-5), lambda x, w: norm.norm(x, w, None, 1e-5), [x, weight], [x]

@@ -158,6 +158,7 @@ inline void run_block() {
 #define gridDim (emulated::grid_size)
 
 inline float __shfl_xor_sync(unsigned, float value, int step) { return emulated::shuffle_xor(value, step); }
+inline void __syncwarp() { emulated::wait_for_warp(); }
 inline void __syncthreads() {
   emulated::arrive(emulated::barriers[0], [] { return emulated::alive; });
 }
@@ -183,9 +184,13 @@ namespace megatron {
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 
-inline void wait_for_group(int barrier, int threads) {
-  emulated::arrive(emulated::barriers[barrier], [threads] { return threads; });
+template <int kBytes>
+void start_copy(void* shared, const void* global) {
+  std::memcpy(shared, global, kBytes);
 }
+inline void close_copies() {}
+template <int kPending>
+void wait_for_copies() {}
 
 template <typename T>
 T* dynamic_shared() {
@@ -209,11 +214,7 @@ void launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block, s
   }
 }
 
-template <typename Kernel, typename... Arguments>
-void launch_early(const char* what, Kernel kernel, dim3 grid, dim3 block, const Place& place, Arguments... arguments) {
-  launch(what, kernel, grid, block, 0, place, arguments...);
-}
-
 inline void wait_for_former_kernel() {}
+inline void let_next_kernel_come() {}
 
 }  // namespace megatron

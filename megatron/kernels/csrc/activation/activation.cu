@@ -124,6 +124,7 @@ template <typename T, int kSize, int kKind>
 __global__ void __launch_bounds__(kWarp* kWarps, kBlocksEach) forward(Activation call) {
   constexpr int kBlocks = is_gated(kKind) ? 2 : 1, kRows = kBlocks == 2 ? 2 : 3;
   constexpr bool kExact = std::is_same_v<T, float>;
+  wait_for_former_kernel();
   const T* __restrict__ x = reinterpret_cast<const T*>(call.x);
   T* __restrict__ out = reinterpret_cast<T*>(call.out);
   const int column = (blockIdx.x * kWarp + threadIdx.x) * kSize;
@@ -159,6 +160,8 @@ __global__ void __launch_bounds__(kWarp* kWarps, backward_blocks(kKind)) backwar
   constexpr int kBlocks = is_gated(kKind) ? 2 : 1, kRows = 2 / kBlocks;
   constexpr bool kExact = std::is_same_v<T, float>, kAhead = kBlocks == 2;
   __shared__ float shared[kWarps][kWarp * kSize];
+  wait_for_former_kernel();
+  let_next_kernel_come();
   const T* __restrict__ x = reinterpret_cast<const T*>(call.x);
   const T* __restrict__ grad_out = reinterpret_cast<const T*>(call.grad_out);
   T* __restrict__ grad_x = reinterpret_cast<T*>(call.grad_x);
@@ -227,8 +230,8 @@ __global__ void __launch_bounds__(kWarp* kWarps, backward_blocks(kKind)) backwar
 }
 
 template <typename T>
-__global__ void sum_chunks(const float* partial, int chunks, int columns, T* grad_bias) {
-  __shared__ float shared[kWarp * kWarp];
+__global__ void __launch_bounds__(kWarp* kSumRows) sum_chunks(const float* partial, int chunks, int columns, T* grad_bias) {
+  __shared__ float shared[kWarp * kSumRows];
   const int column = blockIdx.x * kWarp + threadIdx.x;
   wait_for_former_kernel();
   const float sum = column_sum(partial, chunks, columns, column, shared);
@@ -306,8 +309,8 @@ void activation_backward(const Activation& call, int kind, int type, const Place
            place, call);
     if (call.grad_bias == 0) return;
     const int columns = call.columns * (is_gated(k()) ? 2 : 1);
-    launch_early("the activation's backward", sum_chunks<T>, dim3(static_cast<unsigned>(ceil_div(columns, kWarp))),
-                 dim3(kWarp, kWarp), place, reinterpret_cast<const float*>(call.partial), call.chunks, columns,
+    launch("the activation's backward", sum_chunks<T>, dim3(static_cast<unsigned>(ceil_div(columns, kWarp))),
+           dim3(kWarp, kSumRows), 0, place, reinterpret_cast<const float*>(call.partial), call.chunks, columns,
                  reinterpret_cast<T*>(call.grad_bias));
   });
 }

@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(kThreads) statistics(CrossEntropy call) {
   constexpr int kSize = vector_size<T>;
   constexpr bool kExact = std::is_same_v<T, float>;
   __shared__ float highest[kMostWarps], sums[kMostWarps];
+  wait_for_former_kernel();
   const std::int64_t row = blockIdx.x;
   const T* __restrict__ logits = reinterpret_cast<const T*>(call.logits) + row * call.row_stride;
   const Cut parts = cut(logits, call.num_tokens);
@@ -132,6 +133,7 @@ __global__ void __launch_bounds__(kThreads) statistics(CrossEntropy call) {
 // grad = scale (exp(logit - log_sum) - [column is the label's]); a thread reads what it overwrites.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) gradient(CrossEntropy call) {
+  wait_for_former_kernel();
   constexpr int kSize = vector_size<T>;
   constexpr bool kExact = std::is_same_v<T, float>;
   const std::int64_t row = blockIdx.x;

@@ -20,12 +20,12 @@ constexpr int kDraws = 8;        // elements of one counter
 
 // An element is dropped when its bits are below `threshold`; the others grow by exactly what is lost on average.
 struct Drop {
-  std::uint32_t threshold;
+  std::uint32_t threshold;  // in the upper half of a word
   float growth;
 };
 
 Drop drop_of(const Dropout& call) {
-  return {static_cast<std::uint32_t>(call.threshold),
+  return {static_cast<std::uint32_t>(call.threshold) << 16,
           static_cast<float>(kSteps) / static_cast<float>(kSteps - call.threshold)};
 }
 
@@ -38,9 +38,10 @@ __device__ __forceinline__ float scaled_sum(float factor, float value, float sum
 #endif
 }
 
-// Factors of kSize elements from `first`, which kSize divides.
+// Which of kSize elements from `first`, which kSize divides, are kept.
 template <int kSize>
-__device__ __forceinline__ void draw(std::uint64_t key, std::uint64_t first, Drop drop, float (&factors)[kSize]) {
+__device__ __forceinline__ void draw(std::uint64_t key, std::uint64_t first, std::uint32_t threshold,
+                                     bool (&is_kept)[kSize]) {
   const FourWords words = philox(key, first / kDraws);
   const int offset = static_cast<int>(first % kDraws);
 #pragma unroll
@@ -52,8 +53,8 @@ __device__ __forceinline__ void draw(std::uint64_t key, std::uint64_t first, Dro
       const int at = (offset + i) / 2;
       word = at == 0 ? words.word[0] : at == 1 ? words.word[1] : at == 2 ? words.word[2] : words.word[3];
     }
-    const std::uint32_t bits = (offset + i) % 2 == 0 ? word & 0xffffu : word >> 16;
-    factors[i] = bits < drop.threshold ? 0.0f : drop.growth;
+    // The element's 16 bits go to the upper half of a word. What is below them there changes no comparison.
+    is_kept[i] = ((kSize == kDraws ? i : offset + i) % 2 == 0 ? word << 16 : word) >= threshold;
   }
 }
 
@@ -68,6 +69,7 @@ __device__ __forceinline__ Rows rows_of_chunk(const Dropout& call) {
 template <typename X, typename R, int kSize>
 __global__ void __launch_bounds__(kAcross* kDown, kBlocksEach) forward(Dropout call, Drop drop) {
   constexpr int kAtOnce = 2;
+  wait_for_former_kernel();
   const X* __restrict__ x = reinterpret_cast<const X*>(call.x);
   const R* __restrict__ residual = reinterpret_cast<const R*>(call.residual);
   R* __restrict__ out = reinterpret_cast<R*>(call.out);
@@ -77,31 +79,34 @@ __global__ void __launch_bounds__(kAcross* kDown, kBlocksEach) forward(Dropout c
   float bias[kSize] = {};
   if (call.bias != 0) Packed<X, kSize>::load(reinterpret_cast<const X*>(call.bias) + column).unpack(bias);
   const Rows rows = rows_of_chunk(call);
-  for (std::int64_t start = rows.begin + threadIdx.y; start < rows.end; start += kAtOnce * kDown) {
+  int left = static_cast<int>(rows.end - rows.begin) - threadIdx.y;  // rows from this thread's next one on
+  const std::int64_t below = static_cast<std::int64_t>(kDown) * call.columns;
+  std::int64_t at = (rows.begin + threadIdx.y) * call.columns + column;
+  std::uint64_t place = static_cast<std::uint64_t>(call.first + at);
+  for (; left > 0; left -= kAtOnce * kDown, at += kAtOnce * below, place += kAtOnce * below) {
     Packed<X, kSize> parts[kAtOnce];
     Packed<R, kSize> kept[kAtOnce];
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const std::int64_t row = start + n * kDown, at = row * call.columns + column;
-      if (row < rows.end) {
-        parts[n] = Packed<X, kSize>::load(x + at);
-        kept[n] = residual == nullptr ? Packed<R, kSize>::zeros() : Packed<R, kSize>::load(residual + at);
+      if (n * kDown < left) {
+        parts[n] = Packed<X, kSize>::load(x + at + n * below);
+        kept[n] = residual == nullptr ? Packed<R, kSize>::zeros() : Packed<R, kSize>::load(residual + at + n * below);
       }
     }
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const std::int64_t row = start + n * kDown, at = row * call.columns + column;
-      if (row < rows.end) {
-        float value[kSize], sum[kSize], factors[kSize];
+      if (n * kDown < left) {
+        float value[kSize], sum[kSize];
+        bool is_kept[kSize];
+        draw(key, place + n * below, drop.threshold, is_kept);
         parts[n].unpack(value);
         kept[n].unpack(sum);
-        draw(key, static_cast<std::uint64_t>(call.first + at), drop, factors);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
           // A dropped infinity is zero, not NaN.
-          if (factors[i] != 0.0f) sum[i] = scaled_sum(factors[i], value[i] + bias[i], sum[i]);
+          sum[i] = is_kept[i] ? scaled_sum(drop.growth, value[i] + bias[i], sum[i]) : sum[i];
         }
-        Packed<R, kSize>::pack(sum).store(out + at);
+        Packed<R, kSize>::pack(sum).store(out + at + n * below);
       }
     }
   }
@@ -111,6 +116,8 @@ template <typename X, typename R, int kSize>
 __global__ void __launch_bounds__(kAcross* kDown, kBlocksEach) backward(Dropout call, Drop drop) {
   constexpr int kAtOnce = 2;
   __shared__ float shared[kDown][kAcross * kSize];
+  wait_for_former_kernel();
+  let_next_kernel_come();
   const R* __restrict__ grad_out = reinterpret_cast<const R*>(call.grad_out);
   X* __restrict__ grad_x = reinterpret_cast<X*>(call.grad_x);
   const std::uint64_t key = *reinterpret_cast<const std::uint64_t*>(call.key);
@@ -118,26 +125,29 @@ __global__ void __launch_bounds__(kAcross* kDown, kBlocksEach) backward(Dropout 
   const bool is_here = column < call.columns;
   float sums[kSize] = {};
   const Rows rows = rows_of_chunk(call);
-  for (std::int64_t start = rows.begin + threadIdx.y; is_here && start < rows.end; start += kAtOnce * kDown) {
+  int left = is_here ? static_cast<int>(rows.end - rows.begin) - threadIdx.y : 0;
+  const std::int64_t below = static_cast<std::int64_t>(kDown) * call.columns;
+  std::int64_t at = (rows.begin + threadIdx.y) * call.columns + column;
+  std::uint64_t place = static_cast<std::uint64_t>(call.first + at);
+  for (; left > 0; left -= kAtOnce * kDown, at += kAtOnce * below, place += kAtOnce * below) {
     Packed<R, kSize> grads[kAtOnce];
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const std::int64_t row = start + n * kDown;
-      if (row < rows.end) grads[n] = Packed<R, kSize>::load(grad_out + row * call.columns + column);
+      if (n * kDown < left) grads[n] = Packed<R, kSize>::load(grad_out + at + n * below);
     }
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const std::int64_t row = start + n * kDown, at = row * call.columns + column;
-      if (row < rows.end) {
-        float grad[kSize], factors[kSize];
+      if (n * kDown < left) {
+        float grad[kSize];
+        bool is_kept[kSize];
+        draw(key, place + n * below, drop.threshold, is_kept);
         grads[n].unpack(grad);
-        draw(key, static_cast<std::uint64_t>(call.first + at), drop, factors);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          grad[i] = factors[i] == 0.0f ? 0.0f : factors[i] * grad[i];
+          grad[i] = is_kept[i] ? drop.growth * grad[i] : 0.0f;
           sums[i] += grad[i];
         }
-        Packed<X, kSize>::pack(grad).store(grad_x + at);
+        Packed<X, kSize>::pack(grad).store(grad_x + at + n * below);
       }
     }
   }
@@ -156,8 +166,8 @@ __global__ void __launch_bounds__(kAcross* kDown, kBlocksEach) backward(Dropout 
 }
 
 template <typename T>
-__global__ void sum_chunks(const float* partial, int chunks, int columns, T* grad_bias) {
-  __shared__ float shared[kWarp * kWarp];
+__global__ void __launch_bounds__(kWarp* kSumRows) sum_chunks(const float* partial, int chunks, int columns, T* grad_bias) {
+  __shared__ float shared[kWarp * kSumRows];
   const int column = blockIdx.x * kWarp + threadIdx.x;
   wait_for_former_kernel();
   const float sum = column_sum(partial, chunks, columns, column, shared);
@@ -218,8 +228,8 @@ void dropout_backward(const Dropout& call, int x_type, int residual_type, const 
     launch("the dropout's backward", backward<X, typename decltype(r)::type, size()>, grid_of(call, size()),
            dim3(kAcross, kDown), 0, place, call, drop_of(call));
     if (call.grad_bias == 0) return;
-    launch_early("the dropout's backward", sum_chunks<X>, dim3(static_cast<unsigned>(ceil_div(call.columns, kWarp))),
-                 dim3(kWarp, kWarp), place, reinterpret_cast<const float*>(call.partial), call.chunks, call.columns,
+    launch("the dropout's backward", sum_chunks<X>, dim3(static_cast<unsigned>(ceil_div(call.columns, kWarp))),
+           dim3(kWarp, kSumRows), 0, place, reinterpret_cast<const float*>(call.partial), call.chunks, call.columns,
                  reinterpret_cast<X*>(call.grad_bias));
   });
 }

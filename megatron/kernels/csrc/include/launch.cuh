@@ -49,6 +49,8 @@ inline int attribute(cudaDeviceAttr name, int device) {
 inline int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
 #ifdef __CUDACC__
+// Launches a kernel that calls `wait_for_former_kernel` first of all: where the GPU can (from Hopper on), its blocks come
+// into place while the kernel before it on the stream still runs.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
             const Place& place, Arguments... arguments) {
@@ -57,30 +59,31 @@ void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 blo
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
           what);
   }
-  kernel<<<grid, block, shared_bytes, reinterpret_cast<cudaStream_t>(place.stream)>>>(arguments...);
-  check(cudaGetLastError(), what);
-}
-
-// As `launch`, of a kernel that first calls `wait_for_former_kernel`: where the GPU can (from Hopper on), it gets ready
-// while the kernel before it on the stream still runs.
-template <typename... Parameters, typename... Arguments>
-void launch_early(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, const Place& place,
-                  Arguments... arguments) {
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = reinterpret_cast<cudaStream_t>(place.stream);
   config.attrs = &early;
   config.numAttrs = attribute(cudaDevAttrComputeCapabilityMajor, place.device) >= 9 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), what);
 }
 
+// Before it returns nothing that the kernels before this one wrote may be read. Every thread calls it, since the kernel
+// after this one relies on it too.
 __device__ __forceinline__ void wait_for_former_kernel() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
+#endif
+}
+
+// Lets the blocks of the next kernel come into place beside those of this one, as soon as all of these are.
+__device__ __forceinline__ void let_next_kernel_come() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 #endif

@@ -60,6 +60,7 @@ __device__ __forceinline__ std::int64_t offset_of(const Layout& layout, int head
 
 template <typename T, int kSize, bool kInterleaved>
 __global__ void __launch_bounds__(kMostThreads) rotate_tokens(Rotation call) {
+  wait_for_former_kernel();
   const int pairs = call.rotated_size / 2, units = call.head_size / (2 * kSize);
   const int first_token = blockIdx.x * kTokens, tokens = min(kTokens, call.sequence * call.batch - first_token);
   int s[kTokens], b[kTokens];

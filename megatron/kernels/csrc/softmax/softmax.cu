@@ -15,9 +15,16 @@ constexpr int kMostThreads = 512;
 constexpr int kShortThreads = 128;  // of a block whose warps have a row each
 constexpr int kMostVectors = 4;     // of a thread, in registers
 
+// Scores are taken times a factor that suits `exponential`: for small types it is 2^x.
 template <bool kExact>
 __device__ __forceinline__ float exponential(float x) {
-  return kExact ? expf(x) : __expf(x);
+  return kExact ? expf(x) : fast_exp2(x);
+}
+
+template <bool kExact>
+__device__ __forceinline__ float factor_of(const Softmax& call) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  return kExact ? call.scale : call.scale * kLog2E;
 }
 
 // One row, as its threads see it.
@@ -46,11 +53,16 @@ struct Row {
 };
 
 __device__ __forceinline__ Row row_of(const Softmax& call, std::int64_t index) {
-  const int query = static_cast<int>(index % call.queries);
-  const std::int64_t batch = index / call.queries / call.heads;
+  // Divisions of 64 bits are long.
+  const bool is_short = call.rows <= 0xffffffffll;
+  const std::int64_t head = is_short ? static_cast<std::uint32_t>(index) / static_cast<std::uint32_t>(call.queries)
+                                     : index / call.queries;
+  const int query = static_cast<int>(index - head * call.queries);
   Row row{index * call.keys, call.keys, nullptr};
   if (call.causal) row.visible = min(max(call.keys - call.queries + query + 1, 0), call.keys);
   if (call.mask != 0) {
+    const std::int64_t batch = is_short ? static_cast<std::uint32_t>(head) / static_cast<std::uint32_t>(call.heads)
+                                        : head / call.heads;
     row.mask = reinterpret_cast<const std::uint8_t*>(call.mask) + batch * call.mask_batch + query * call.mask_query;
   }
   return row;
@@ -76,39 +88,55 @@ __device__ __forceinline__ float row_total(float value, float* scratch) {
   return over_row(value, 0.0f, scratch, [](float x) { return warp_sum(x); });
 }
 
-// kVectors vectors a thread hold the row.
-template <typename T, int kVectors>
+// kVectors vectors a thread hold the row. The mask, which many rows share, is read first; scores that it hides from a
+// whole vector are not.
+template <typename T, int kVectors, bool kMasked>
 __global__ void __launch_bounds__(kMostThreads) forward(Softmax call) {
   constexpr int kSize = vector_size<T>;
   constexpr bool kExact = std::is_same_v<T, float>;
+  using Bytes = Packed<std::uint8_t, kSize>;
   __shared__ float maxima[kMostWarps], totals[kMostWarps];
+  wait_for_former_kernel();
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (index >= call.rows) return;  // a whole warp, or the whole block
   const Row row = row_of(call, index);
   const T* __restrict__ scores = reinterpret_cast<const T*>(call.scores) + row.first;
   T* __restrict__ weights = reinterpret_cast<T*>(call.weights) + row.first;
   Packed<T, kSize> packed[kVectors];
+  Bytes may[kMasked ? kVectors : 1];
+  bool is_seen[kVectors];
 #pragma unroll
   for (int n = 0; n < kVectors; ++n) {
     const int key = (n * blockDim.x + threadIdx.x) * kSize;
-    if (key < row.visible) packed[n] = Packed<T, kSize>::load(scores + key);
+    is_seen[n] = key < row.visible;
+    if constexpr (kMasked) may[n] = is_seen[n] ? Bytes::load(row.mask + key) : Bytes::zeros();
   }
+#pragma unroll
+  for (int n = 0; n < kVectors; ++n) {
+    const int key = (n * blockDim.x + threadIdx.x) * kSize;
+    if constexpr (kMasked) is_seen[n] = !may[n].is_zero();
+    packed[n] = is_seen[n] ? Packed<T, kSize>::load(scores + key) : Packed<T, kSize>::zeros();
+  }
+  const float factor = factor_of<kExact>(call);
   float values[kVectors][kSize], highest = -INFINITY;
 #pragma unroll
   for (int n = 0; n < kVectors; ++n) {
     const int key = (n * blockDim.x + threadIdx.x) * kSize;
-    if (key < row.visible) {
-      bool may[kSize];
-      row.allows(key, may);
+    if (is_seen[n]) {
       packed[n].unpack(values[n]);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        values[n][i] = may[i] ? call.scale * values[n][i] : -INFINITY;
-        highest = fmaxf(highest, values[n][i]);
-      }
-    } else {
+      for (int i = 0; i < kSize; ++i) values[n][i] *= factor;
+      if constexpr (kMasked) {
+        const auto* bytes = reinterpret_cast<const std::uint8_t*>(&may[n].raw);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) values[n][i] = -INFINITY;
+        for (int i = 0; i < kSize; ++i) values[n][i] = bytes[i] != 0 ? values[n][i] : -INFINITY;
+      }
+      if (key + kSize > row.visible) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) values[n][i] = key + i < row.visible ? values[n][i] : -INFINITY;
+      }
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) highest = fmaxf(highest, values[n][i]);
     }
   }
   highest = row_maximum(highest, maxima);
@@ -116,10 +144,12 @@ __global__ void __launch_bounds__(kMostThreads) forward(Softmax call) {
   float total = 0.0f;
 #pragma unroll
   for (int n = 0; n < kVectors; ++n) {
+    if (is_seen[n]) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      values[n][i] = exponential<kExact>(values[n][i] - highest);
-      total += values[n][i];
+      for (int i = 0; i < kSize; ++i) {
+        values[n][i] = exponential<kExact>(values[n][i] - highest);
+        total += values[n][i];
+      }
     }
   }
   total = row_total(total, totals);
@@ -128,9 +158,13 @@ __global__ void __launch_bounds__(kMostThreads) forward(Softmax call) {
   for (int n = 0; n < kVectors; ++n) {
     const int key = (n * blockDim.x + threadIdx.x) * kSize;
     if (key < call.keys) {
+      Packed<T, kSize> out = Packed<T, kSize>::zeros();
+      if (is_seen[n]) {
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) values[n][i] *= share;
-      Packed<T, kSize>::pack(values[n]).store(weights + key);
+        for (int i = 0; i < kSize; ++i) values[n][i] *= share;
+        out = Packed<T, kSize>::pack(values[n]);
+      }
+      out.store(weights + key);
     }
   }
 }
@@ -140,6 +174,7 @@ template <typename T, int kVectors>
 __global__ void __launch_bounds__(kMostThreads) backward(Softmax call) {
   constexpr int kSize = vector_size<T>;
   __shared__ float totals[kMostWarps];
+  wait_for_former_kernel();
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (index >= call.rows) return;
   const Row row = row_of(call, index);
@@ -157,29 +192,44 @@ __global__ void __launch_bounds__(kMostThreads) backward(Softmax call) {
       packed[n] = grads[n] = Packed<T, kSize>::zeros();
     }
   }
+  // What stands in the weights where causality hides a key is read by nobody, whatever it is.
+  const auto unpack = [&](int n, int key, float (&weight)[kSize], float (&grad)[kSize]) {
+    packed[n].unpack(weight);
+    grads[n].unpack(grad);
+    if (key + kSize > row.visible) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        if (key + i >= row.visible) weight[i] = grad[i] = 0.0f;
+      }
+    }
+  };
   float total = 0.0f;
 #pragma unroll
   for (int n = 0; n < kVectors; ++n) {
     const int key = (n * blockDim.x + threadIdx.x) * kSize;
-    float weight[kSize], grad[kSize];
-    packed[n].unpack(weight);
-    grads[n].unpack(grad);
+    if (key < row.visible) {
+      float weight[kSize], grad[kSize];
+      unpack(n, key, weight, grad);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) total += key + i < row.visible ? weight[i] * grad[i] : 0.0f;
+      for (int i = 0; i < kSize; ++i) total += weight[i] * grad[i];
+    }
   }
   total = row_total(total, totals);
 #pragma unroll
   for (int n = 0; n < kVectors; ++n) {
     const int key = (n * blockDim.x + threadIdx.x) * kSize;
     if (key < call.keys) {
-      float weight[kSize], grad[kSize];
-      packed[n].unpack(weight);
-      grads[n].unpack(grad);
+      packed[n].stay_packed();
+      grads[n].stay_packed();
+      Packed<T, kSize> out = Packed<T, kSize>::zeros();
+      if (key < row.visible) {
+        float weight[kSize], grad[kSize];
+        unpack(n, key, weight, grad);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        grad[i] = key + i < row.visible ? call.scale * weight[i] * (grad[i] - total) : 0.0f;
+        for (int i = 0; i < kSize; ++i) grad[i] = call.scale * weight[i] * (grad[i] - total);
+        out = Packed<T, kSize>::pack(grad);
       }
-      Packed<T, kSize>::pack(grad).store(grad_scores + key);
+      out.store(grad_scores + key);
     }
   }
 }
@@ -203,15 +253,17 @@ template <typename T, int kSize>
 __global__ void __launch_bounds__(kMostThreads) long_forward(Softmax call) {
   constexpr bool kExact = std::is_same_v<T, float>;
   __shared__ float maxima[kMostWarps], totals[kMostWarps];
+  wait_for_former_kernel();
   const Row row = row_of(call, blockIdx.x);
   const T* scores = reinterpret_cast<const T*>(call.scores) + row.first;
   T* weights = reinterpret_cast<T*>(call.weights) + row.first;
+  const float factor = factor_of<kExact>(call);
   const auto load = [&](int key, float (&values)[kSize]) {
     bool may[kSize];
     row.allows(key, may);
     Packed<T, kSize>::load(scores + key).unpack(values);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) values[i] = may[i] ? call.scale * values[i] : -INFINITY;
+    for (int i = 0; i < kSize; ++i) values[i] = may[i] ? factor * values[i] : -INFINITY;
   };
   Running<kExact> running;
   for (int key = threadIdx.x * kSize; key < row.visible; key += blockDim.x * kSize) {
@@ -238,6 +290,7 @@ __global__ void __launch_bounds__(kMostThreads) long_forward(Softmax call) {
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kMostThreads) long_backward(Softmax call) {
   __shared__ float totals[kMostWarps];
+  wait_for_former_kernel();
   const Row row = row_of(call, blockIdx.x);
   const T* weights = reinterpret_cast<const T*>(call.weights) + row.first;
   const T* grad_weights = reinterpret_cast<const T*>(call.grad_weights) + row.first;
@@ -268,7 +321,8 @@ __global__ void __launch_bounds__(kMostThreads) long_backward(Softmax call) {
 int whole_warps(std::int64_t threads) { return static_cast<int>(ceil_div(threads, kWarp)) * kWarp; }
 
 bool is_aligned_for_vectors(const Softmax& call, int size) {
-  return call.keys % size == 0 && is_aligned(call.scores) && is_aligned(call.weights) &&
+  const bool has_mask_aligned = call.mask % size == 0 && call.mask_batch % size == 0 && call.mask_query % size == 0;
+  return has_mask_aligned && call.keys % size == 0 && is_aligned(call.scores) && is_aligned(call.weights) &&
          is_aligned(call.grad_weights) && is_aligned(call.grad_scores);
 }
 
@@ -309,7 +363,12 @@ void softmax_forward(const Softmax& call, int type, const Place& place) {
   with_rows(
       call, type,
       [&](auto t, auto vectors, dim3 grid, dim3 block) {
-        launch("the softmax's forward", forward<typename decltype(t)::type, vectors()>, grid, block, 0, place, call);
+        using T = typename decltype(t)::type;
+        if (call.mask != 0) {
+          launch("the softmax's forward", forward<T, vectors(), true>, grid, block, 0, place, call);
+        } else {
+          launch("the softmax's forward", forward<T, vectors(), false>, grid, block, 0, place, call);
+        }
       },
       [&](auto t, auto size, dim3 grid, dim3 block) {
         launch("the softmax's forward", long_forward<typename decltype(t)::type, size()>, grid, block, 0, place, call);
