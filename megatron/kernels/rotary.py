@@ -141,7 +141,9 @@ def fused_split(
 
 def fused_heads(product_sbc: Tensor, groups: int, head_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute `split_heads`; backward puts the three gradients together in one pass."""
-    if goes_straight(product_sbc) and why_not_computed(product_sbc.dtype) is None and torch.is_grad_enabled():
+    # The kernel moves two channels at a time: of an odd size it would leave out the last.
+    computed = head_size % 2 == 0 and why_not_computed(product_sbc.dtype) is None
+    if computed and goes_straight(product_sbc) and torch.is_grad_enabled():
         parts: tuple[Tensor, Tensor, Tensor] = _Heads.apply(product_sbc, groups, head_size)
         return parts
     return split_heads(product_sbc, groups, head_size)

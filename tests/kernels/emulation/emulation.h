@@ -184,13 +184,9 @@ namespace megatron {
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 
-template <int kBytes>
-void start_copy(void* shared, const void* global) {
-  std::memcpy(shared, global, kBytes);
+inline void wait_for_group(int barrier, int threads) {
+  emulated::arrive(emulated::barriers[barrier], [threads] { return threads; });
 }
-inline void close_copies() {}
-template <int kPending>
-void wait_for_copies() {}
 
 template <typename T>
 T* dynamic_shared() {

@@ -90,21 +90,6 @@ __device__ __forceinline__ float settle(const float (&powers)[2], const Tensors&
   return rsqrtf(square - rest * rest + t.epsilon);
 }
 
-// The mean of the first vector of a row of the stream, which all threads of the row load.
-template <int kSize, typename X, typename W>
-__device__ __forceinline__ float origin_of(const ForwardTensors<X, W>& t, std::int64_t row) {
-  float sum = 0.0f, first[kSize];
-  Packed<X, kSize>::load(t.x + row * t.columns).unpack(first);
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) sum += first[i];
-  if (t.delta != nullptr) {
-    Packed<W, kSize>::load(t.delta + row * t.columns).unpack(first);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) sum += first[i];
-  }
-  return sum / kSize;
-}
-
 // What a thread holds of a row: vectors that are neighbours of its neighbours', packed.
 template <typename X, typename W, int kSize, int kVectors>
 struct ForwardPart {
@@ -143,51 +128,51 @@ struct ForwardPart {
 };
 
 // Blocks of (threads of a row, rows); several rows are of one warp each.
-//
-// The variance is that of the distances from `origin`, the mean of the row's first vector: one pass takes their sum and
-// their squares'. Where the difference of the two cancels too much, since an element of the first vector is far from the
-// others, a second pass takes the distances from the mean that the first one found.
 template <typename X, typename W, int kSize, int kVectors, bool kCentred>
 __global__ void __launch_bounds__(kMostThreads) forward_rows(ForwardTensors<X, W> t) {
   __shared__ float scratch[2][2 * kMostWarps];
   wait_for_former_kernel();
-  constexpr float kMostCancelled = 4.0f;  // squared distance of mean and origin, in variances
   const int warps = blockDim.x / kWarp, vectors = t.columns / kSize;
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= t.rows) return;  // a whole warp, or the whole block
   ForwardPart<X, W, kSize, kVectors> part;
   part.load(t, row, vectors);
-  float origin = kCentred ? origin_of<kSize>(t, row) : 0.0f, mean = 0.0f, variance = 0.0f;
   part.add(t, row, vectors);
-#pragma unroll 1
-  for (int pass = 0; pass < (kCentred ? 2 : 1); ++pass) {
-    float sums[kCentred ? 2 : 1] = {};
+  float mean = 0.0f;
+  if constexpr (kCentred) {
+    float sum[1] = {0.0f};
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (v * blockDim.x + threadIdx.x < vectors) {
-        float x[kSize];
-        part.x[v].stay_packed();
-        part.x[v].unpack(x);
+      float x[kSize];
+      part.x[v].unpack(x);
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          const float distance = x[i] - origin;
-          sums[0] += distance * distance;
-          if constexpr (kCentred) sums[kCentred] += distance;
-        }
+      for (int i = 0; i < kSize; ++i) sum[0] += x[i];
+    }
+    row_sum<false>(sum, scratch[0] + threadIdx.y * warps);
+    mean = sum[0] / t.columns;
+  }
+  // What is left of the mean after rounding is taken out as well: it matters where the mean is large.
+  float powers[kCentred ? 2 : 1] = {};
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    if (v * blockDim.x + threadIdx.x < vectors) {
+      float x[kSize];
+      part.x[v].unpack(x);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        const float centred = x[i] - mean;
+        powers[0] += centred * centred;
+        if constexpr (kCentred) powers[kCentred] += centred;
       }
     }
-    row_sum(sums, scratch[pass] + threadIdx.y * 2 * warps);
-    variance = sums[0] / t.columns;
-    if constexpr (kCentred) {
-      const float distance = sums[kCentred] / t.columns, square = distance * distance;
-      mean = origin + distance;
-      variance = fmaxf(variance - square, 0.0f);
-      if (!(square > kMostCancelled * variance)) break;  // all threads of the row have the same sums
-      origin = mean;
-    }
   }
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) part.x[v].stay_packed();
+  row_sum<false>(powers, scratch[1] + threadIdx.y * 2 * warps);
+  float variance = powers[0] / t.columns;
+  if constexpr (kCentred) {
+    const float rest = powers[kCentred] / t.columns;
+    mean += rest;
+    variance -= rest * rest;
+  }
   const float inverse = rsqrtf(variance + t.epsilon);
   if (threadIdx.x == 0) {
     if constexpr (kCentred) t.mean[row] = mean;
@@ -201,12 +186,10 @@ __global__ void __launch_bounds__(kMostThreads) forward_rows(ForwardTensors<X, W
       part.x[v].unpack(x);
       Packed<W, kSize>::load(t.weight + vector * kSize).unpack(weight);
       if (t.bias != nullptr) Packed<W, kSize>::load(t.bias + vector * kSize).unpack(bias);
-      if (t.weight_offset != 0.0f) {
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) weight[i] += t.weight_offset;
+      for (int i = 0; i < kSize; ++i) {
+        x[i] = fmaf((x[i] - mean) * inverse, weight[i] + t.weight_offset, bias[i]);
       }
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) x[i] = fmaf((x[i] - mean) * inverse, weight[i], bias[i]);
       Packed<W, kSize>::pack(x).store(t.normed + row * t.columns + vector * kSize);
     }
   }
@@ -229,7 +212,7 @@ __global__ void __launch_bounds__(kGenericThreads) forward_generic(ForwardTensor
   if (t.mean != nullptr) {
     float sum[1] = {0.0f};
     for (int c = threadIdx.x; c < t.columns; c += blockDim.x) sum[0] += to_float(x[c]);
-    row_sum(sum, scratch[0]);
+    row_sum<false>(sum, scratch[0]);
     mean = sum[0] / t.columns;
   }
   float powers[2] = {0.0f, 0.0f};
@@ -238,7 +221,7 @@ __global__ void __launch_bounds__(kGenericThreads) forward_generic(ForwardTensor
     powers[0] += centred;
     powers[1] += centred * centred;
   }
-  row_sum(powers, scratch[1]);
+  row_sum<false>(powers, scratch[1]);
   const float inverse = settle(powers, t, mean);
   if (threadIdx.x == 0) {
     if (t.mean != nullptr) t.mean[row] = mean;
@@ -250,34 +233,25 @@ __global__ void __launch_bounds__(kGenericThreads) forward_generic(ForwardTensor
   }
 }
 
-constexpr int kSlotBytes = 16;  // of a vector that waits in shared memory
-
-constexpr int kTensors = 3;     // that backward reads: the stream, and the gradients of its norm and of itself
-
-// Rows on their way, in shared memory. A thread reads what itself has asked for, so that no barrier is needed for that.
+// What one thread holds of one row, packed.
 template <typename X, typename W, int kSize, int kVectors>
-struct Stages {
-  const BackwardTensors<X, W>& t;
-  char* own;   // this thread's first slot of [stages, kTensors, kVectors, threads, kSlotBytes]
-  int plane;   // bytes of the slots of all threads
-  int across;  // columns between two vectors of a thread
-  int held;    // vectors that this thread has
+struct RowPart {
+  Packed<X, kSize> stream[kVectors];
+  Packed<W, kSize> grad[kVectors];
+  float mean, inverse;
 
-  __device__ __forceinline__ char* stage(int index) const { return own + index * (kTensors * kVectors * plane); }
-
-  // Asks for this thread's part of a row that begins at element `at`, or of none.
-  __device__ __forceinline__ void ask(char* to, bool is_row, std::int64_t at) const {
+  __device__ __forceinline__ void load(const BackwardTensors<X, W>& t, std::int64_t row, int vectors) {
+    if (row >= t.rows) return;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (is_row && v < held) {
-        start_copy<sizeof(X) * kSize>(to + v * plane, t.stream + at + v * across);
-        start_copy<sizeof(W) * kSize>(to + (kVectors + v) * plane, t.grad_normed + at + v * across);
-        if (t.grad_stream != nullptr) {
-          start_copy<sizeof(X) * kSize>(to + (2 * kVectors + v) * plane, t.grad_stream + at + v * across);
-        }
+      const int vector = v * blockDim.x + threadIdx.x;
+      if (vector < vectors) {
+        stream[v] = Packed<X, kSize>::load(t.stream + row * t.columns + vector * kSize);
+        grad[v] = Packed<W, kSize>::load(t.grad_normed + row * t.columns + vector * kSize);
       }
     }
-    close_copies();
+    mean = t.mean == nullptr ? 0.0f : t.mean[row];
+    inverse = t.inverse_deviation[row];
   }
 };
 
@@ -311,109 +285,94 @@ __device__ __forceinline__ void write_partial(const float (&sums)[kVectors][kSiz
 
 // With g = grad_normed (weight + offset) and n the normalised row:
 // grad_x = (g - mean(g) - n mean(g n)) / deviation + grad_stream; RMSNorm has no mean to take out.
-template <typename X, typename W, int kSize, int kVectors, int kStages, bool kCentred>
+template <typename X, typename W, int kSize, int kVectors, bool kCentred>
 __global__ void __launch_bounds__(kMostThreads, 1) backward_rows(BackwardTensors<X, W> t) {
   __shared__ float scratch[2][2 * kMostWarps];
-  char* memory = dynamic_shared<char>();
+  alignas(16) __shared__ float shared[kMostThreads * kSize * (kVectors > 2 ? 1 : kVectors)];
   wait_for_former_kernel();
   let_next_kernel_come();
   const int warps = blockDim.x / kWarp, vectors = t.columns / kSize;
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.y, stride = step * t.columns;
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x, free = vectors - static_cast<int>(threadIdx.x);
-  const Stages<X, W, kSize, kVectors> stages{t, memory + thread * kSlotBytes,
-                                             static_cast<int>(blockDim.x * blockDim.y) * kSlotBytes,
-                                             static_cast<int>(blockDim.x) * kSize,
-                                             (free + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x)};
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.y;
   float weight_sums[kVectors][kSize] = {}, bias_sums[kCentred ? kVectors : 1][kSize] = {};
-  std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * blockDim.y;  // of the block's rows, which go together
-  std::int64_t at = (first + threadIdx.y) * t.columns + threadIdx.x * kSize;
-  const auto statistics = [&](std::int64_t row, float& mean, float& inverse) {
-    const bool is_row = row < t.rows;
-    if constexpr (kCentred) mean = is_row ? t.mean[row] : 0.0f;
-    inverse = is_row ? t.inverse_deviation[row] : 0.0f;
-  };
-  float mean = 0.0f, inverse, next_mean = 0.0f, next_inverse;
-#pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) {
-    stages.ask(stages.stage(stage), first + threadIdx.y + stage * step < t.rows, at + stage * stride);
-  }
-  statistics(first + threadIdx.y, next_mean, next_inverse);
-  // In fp32 as long as there are registers for that.
-  constexpr bool kWide = kVectors <= 2;
+  constexpr bool kHasRegisters = kVectors <= 2;  // for the weight, and for the next row while this one is summed
   Packed<W, kSize> weights[kVectors];
-  float wide_weights[kWide ? kVectors : 1][kSize];
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const int vector = v * blockDim.x + threadIdx.x;
-    weights[v] = vector < vectors ? Packed<W, kSize>::load(t.weight + vector * kSize) : Packed<W, kSize>::zeros();
-    if constexpr (kWide) {
-      weights[v].unpack(wide_weights[v]);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) wide_weights[v][i] += t.weight_offset;
-    }
-  }
-  const auto read_weights = [&](int v, float (&weight)[kSize]) {
-    if constexpr (!kWide) weights[v].unpack(weight);
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) weight[i] = kWide ? wide_weights[kWide ? v : 0][i] : weight[i] + t.weight_offset;
-  };
-  for (int stage = 0, turn = 0; first < t.rows; first += step, at += stride, turn ^= 1) {
-    const std::int64_t row = first + threadIdx.y;
-    char* const here = stages.stage(stage);
-    stage = stage + 1 < kStages ? stage + 1 : 0;
-    mean = next_mean;
-    inverse = next_inverse;
-    statistics(row + step, next_mean, next_inverse);
-    wait_for_copies<kStages - 1>();
-    const auto read = [&](int v, float (&x)[kSize], float (&grad)[kSize]) {
-      Packed<X, kSize>::load(reinterpret_cast<const X*>(here + v * stages.plane)).unpack(x);
-      Packed<W, kSize>::load(reinterpret_cast<const W*>(here + (kVectors + v) * stages.plane)).unpack(grad);
-    };
-    float sums[kCentred ? 2 : 1] = {};
+  const auto load_weights = [&] {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (row < t.rows && v < stages.held) {
+      const int vector = v * blockDim.x + threadIdx.x;
+      if (vector < vectors) weights[v] = Packed<W, kSize>::load(t.weight + vector * kSize);
+    }
+  };
+
+  RowPart<X, W, kSize, kVectors> part, next;
+  std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if constexpr (kHasRegisters) {
+    load_weights();
+    next.load(t, row, vectors);
+  }
+  for (int turn = 0; row < t.rows; row += step, turn ^= 1) {
+    if constexpr (kHasRegisters) {
+      part = next;
+      next.load(t, row + step, vectors);
+    } else {
+      part.load(t, row, vectors);
+      load_weights();
+    }
+    float sums[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      if (v * blockDim.x + threadIdx.x < vectors) {
         float x[kSize], grad[kSize], weight[kSize];
-        read(v, x, grad);
-        read_weights(v, weight);
+        part.stream[v].unpack(x);
+        part.grad[v].unpack(grad);
+        weights[v].unpack(weight);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          const float normalised = (x[i] - mean) * inverse, scaled = grad[i] * weight[i];
+          const float normalised = (x[i] - part.mean) * part.inverse, scaled = grad[i] * (weight[i] + t.weight_offset);
           sums[0] += scaled * normalised;
           if constexpr (kCentred) {
-            sums[kCentred] += scaled;
+            sums[1] += scaled;
             bias_sums[v][i] += grad[i];
           }
           weight_sums[v][i] += grad[i] * normalised;
         }
       }
     }
-    row_sum(sums, scratch[turn] + threadIdx.y * 2 * warps);
-    // grad_x = inverse scaled + along (x - mean) + common + passed, with the factors of the row put together.
-    const float along = -inverse * inverse * sums[0] / t.columns;
-    const float common = kCentred ? -inverse * sums[kCentred] / t.columns : 0.0f;
+    Packed<X, kSize> passing[kVectors];
+    const auto load_passing = [&](int v) {
+      const int vector = v * blockDim.x + threadIdx.x;
+      if (vector < vectors) passing[v] = Packed<X, kSize>::load(t.grad_stream + row * t.columns + vector * kSize);
+    };
+    if (kHasRegisters && t.grad_stream != nullptr) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) load_passing(v);
+    }
+    row_sum<true>(sums, scratch[turn] + threadIdx.y * 2 * warps);
+    const float along = sums[0] / t.columns, common = kCentred ? sums[1] / t.columns : 0.0f;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (row < t.rows && v < stages.held) {
+      const int vector = v * blockDim.x + threadIdx.x;
+      if (vector < vectors) {
         float x[kSize], grad[kSize], weight[kSize], passed[kSize] = {};
-        read(v, x, grad);
-        read_weights(v, weight);
-        if (t.grad_stream != nullptr) {
-          Packed<X, kSize>::load(reinterpret_cast<const X*>(here + (2 * kVectors + v) * stages.plane)).unpack(passed);
+        part.stream[v].unpack(x);
+        part.grad[v].unpack(grad);
+        if constexpr (kHasRegisters) {
+          weights[v].unpack(weight);
+        } else {
+          Packed<W, kSize>::load(t.weight + vector * kSize).unpack(weight);
+          if (t.grad_stream != nullptr) load_passing(v);
         }
+        if (t.grad_stream != nullptr) passing[v].unpack(passed);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          const float rest = fmaf(x[i] - mean, along, kCentred ? passed[i] + common : passed[i]);
-          passed[i] = fmaf(grad[i] * weight[i], inverse, rest);
+          const float normalised = (x[i] - part.mean) * part.inverse, scaled = grad[i] * (weight[i] + t.weight_offset);
+          passed[i] += part.inverse * (scaled - common - normalised * along);
         }
-        Packed<X, kSize>::pack(passed).store(t.grad_x + at + v * stages.across);
+        Packed<X, kSize>::pack(passed).store(t.grad_x + row * t.columns + vector * kSize);
       }
     }
-    stages.ask(here, row + kStages * step < t.rows, at + kStages * stride);
   }
-  wait_for_copies<0>();
   __syncthreads();
-  float* shared = reinterpret_cast<float*>(memory);
   write_partial(weight_sums, t.partial_weight, t.columns, shared);
   if constexpr (kCentred) {
     if (t.partial_bias != nullptr) write_partial(bias_sums, t.partial_bias, t.columns, shared);
@@ -443,7 +402,7 @@ __global__ void __launch_bounds__(kGenericThreads) backward_generic(BackwardTens
       weight_sums[c] += grad * normalised;
       bias_sums[c] += grad;
     }
-    row_sum(sums, scratch[turn]);
+    row_sum<false>(sums, scratch[turn]);
     const float along = sums[0] / t.columns, common = centred ? sums[1] / t.columns : 0.0f;
     for (int c = threadIdx.x; c < t.columns; c += blockDim.x) {
       const float normalised = (to_float(t.stream[start + c]) - mean) * inverse;
@@ -508,8 +467,8 @@ void forward_typed(const NormForward& call, const Place& place) {
            place, ForwardTensors<X, W>(call));
   } else if (vectors <= kWarp) {
     forward_with<X, W, 1>(call, place);
-  } else if (vectors <= kMostThreads) {
-    forward_with<X, W, 2>(call, place);
+  } else if (vectors <= kMostThreads && (call.mean == 0 || call.delta != 0)) {
+    forward_with<X, W, 2>(call, place);  // LayerNorm alone is faster with fewer warps to sum over
   } else if (vectors <= 4 * kMostThreads) {
     forward_with<X, W, 4>(call, place);
   } else {
@@ -517,35 +476,17 @@ void forward_typed(const NormForward& call, const Place& place) {
   }
 }
 
-template <typename X, typename W, int kVectors, int kStages>
-void backward_staged(const NormBackward& call, const dim3& block, std::size_t shared_bytes, const Place& place) {
-  constexpr int kSize = vector_size<X>;
-  const dim3 grid(call.partial_rows);
-  const BackwardTensors<X, W> tensors(call);
-  if (call.mean != 0) {
-    launch("the norm's backward", backward_rows<X, W, kSize, kVectors, kStages, true>, grid, block, shared_bytes,
-           place, tensors);
-  } else {
-    launch("the norm's backward", backward_rows<X, W, kSize, kVectors, kStages, false>, grid, block, shared_bytes,
-           place, tensors);
-  }
-}
-
-// As many stages as the shared memory of a block holds.
 template <typename X, typename W, int kVectors>
 void backward_with(const NormBackward& call, const Place& place) {
   constexpr int kSize = vector_size<X>;
   const int threads = row_threads(call.columns / kSize, kVectors);
   const dim3 block(threads, std::max(1, kMostThreads / threads));
-  const std::size_t stage = static_cast<std::size_t>(kTensors) * kVectors * block.x * block.y * kSlotBytes;
-  const std::size_t sums = block.y == 1 ? 0 : sizeof(float) * block.y * call.columns;
-  const auto room = static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, place.device)) - 1024;
-  const auto bytes = [&](int stages) { return std::max(stages * stage, sums); };
-  constexpr int kMost = kVectors == 4 ? 2 : 3;
-  if (bytes(kMost) <= room) {
-    backward_staged<X, W, kVectors, kMost>(call, block, bytes(kMost), place);
+  const dim3 grid(call.partial_rows);
+  const BackwardTensors<X, W> tensors(call);
+  if (call.mean != 0) {
+    launch("the norm's backward", backward_rows<X, W, kSize, kVectors, true>, grid, block, 0, place, tensors);
   } else {
-    backward_staged<X, W, kVectors, 1>(call, block, bytes(1), place);
+    launch("the norm's backward", backward_rows<X, W, kSize, kVectors, false>, grid, block, 0, place, tensors);
   }
 }
 
@@ -569,8 +510,8 @@ void backward_typed(const NormBackward& call, const Place& place) {
   }
   const dim3 grid(static_cast<unsigned>(ceil_div(call.columns, kWarp)), call.grad_bias == 0 ? 1 : 2);
   launch("the norm's backward", sum_partials<W>, grid, dim3(kWarp, kSumRows), 0, place,
-         static_cast<const float*>(tensors.partial_weight), call.partial_rows, call.columns,
-         pointer<W>(call.grad_weight), pointer<W>(call.grad_bias));
+               static_cast<const float*>(tensors.partial_weight), call.partial_rows, call.columns,
+               pointer<W>(call.grad_weight), pointer<W>(call.grad_bias));
 }
 
 // Calls `function(Type<X>{}, Type<W>{})`.
