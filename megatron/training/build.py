@@ -222,14 +222,16 @@ def _build_proof(
 ) -> Proof:
     device = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else place.device.type
     samples = NextSamples(engine, batches, micro_batch_size=config.training.micro_batch_size, data=place.groups.data)
+    run = describe_run(
+        config.to_json(),
+        place.layout,
+        plan.schedule,
+        inputs.order,
+        {"torch": torch.__version__, "device": device, "attention": attention},
+    )
     return Proof(
-        run=describe_run(
-            config.to_json(),
-            place.layout,
-            plan.schedule,
-            inputs.order,
-            {"torch": torch.__version__, "device": device, "attention": attention},
-        ),
+        # That of the first rank: what is compared decides whether all measure together, and a path may differ by rank.
+        run=place.control.of_first(run),
         vocab_size=tokenizer.vocab_size,
         samples=None if config.training.skip_train else samples,
     )

@@ -331,7 +331,7 @@ def test_help_imports_nothing_heavy(tool):
         (["--json-keys", "a", "b", "--parquet-column", "c"], "--parquet-column names one column"),
         (["--input", "missing.jsonl"], "--input missing.jsonl does not exist"),
         (["--tokenizer-model", "missing.model"], "--tokenizer-model missing.model does not exist"),
-        (["--vocab-size", "5"], "--vocab-size 5 differs from"),
+        (["--vocab-size", "5"], "--vocab-size 5 is less than"),
     ],
 )
 def test_wrong_flags_are_one_sentence_and_exit_code_2(tmp_path, run_tool, flags, more, sentence):
