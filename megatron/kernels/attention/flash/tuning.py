@@ -55,7 +55,7 @@ AMPERE: dict[tuple[Kernel, int], Tile] = {
     ("key_value", 256): Tile(16, 64, 4, 2, apart=True),
 }
 """Never timed on such a GPU: the fastest on an H200 that computed with Ampere's matrix instructions and in the 99 KiB
-of the smaller chips of the kind, of those that Triton 3.6 and 3.7 keep in the registers of Ampere."""
+of the smaller chips of the kind, of those that Triton 3.6 and 3.7 keep in the registers of Ampere, all but a few."""
 
 TABLES = {9: HOPPER, 8: AMPERE}
 """By the major compute capability; devices that are not here get the newest table below theirs."""
