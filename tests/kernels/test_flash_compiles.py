@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[2]
-TUNED_WITH = "3.6"
-"""The compiler for which tiles were chosen; 3.7 keeps less of the same kernels in registers."""
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 
 
@@ -38,15 +36,15 @@ def compile_kernels(capability, size, options):
         (80, 128, {}),
         (90, 64, {}),
         (90, 128, {}),
+        (90, 256, {}),
         (90, 80, {"length": 250}),
         (90, 128, {"documents": True, "heads": [4, 2]}),
     ],
 )
 def test_kernels_compile(capability, size, options):
     reports = compile_kernels(capability, size, options)
-    assert len(reports) == 3
+    assert len(reports) == (4 if size == 256 else 3)  # the gradients of so wide keys and values are made apart
     for report in reports:
         assert report["shared"] <= SHARED_BYTES[capability], report
         assert report["wgmma"] == (capability == 90), report
-        if triton.__version__.rpartition(".")[0] == TUNED_WITH:
-            assert report["stack"] <= (256 if options else 128), report
+        assert report["stack"] <= (256 if options else 128), report

@@ -47,15 +47,15 @@ AMPERE: dict[tuple[Kernel, int], Tile] = {
     ("forward", 64): Tile(128, 64, 4, 3),
     ("forward", 128): Tile(128, 32, 4, 2),
     ("forward", 256): Tile(64, 32, 4, 2),
-    ("query", 64): Tile(128, 64, 8, 2),
+    ("query", 64): Tile(64, 64, 4, 2),
     ("query", 128): Tile(128, 16, 4, 3),
-    ("query", 256): Tile(64, 16, 4, 2),
-    ("key_value", 64): Tile(64, 128, 8, 2),
-    ("key_value", 128): Tile(32, 128, 8, 2),
-    ("key_value", 256): Tile(16, 64, 8, 2),
+    ("query", 256): Tile(64, 32, 4, 1),
+    ("key_value", 64): Tile(32, 64, 4, 3),
+    ("key_value", 128): Tile(32, 64, 4, 3),
+    ("key_value", 256): Tile(16, 64, 4, 2, apart=True),
 }
 """Never timed on such a GPU: the fastest on an H200 that computed with Ampere's matrix instructions and in the 99 KiB
-of the smaller chips of the kind, of those that Triton 3.6 and 3.7 keep in the registers of Ampere."""
+of the smaller chips of the kind, of those that Triton 3.6 and 3.7 keep in the registers of Ampere, all but a few."""
 
 TABLES = {9: HOPPER, 8: AMPERE}
 """By the major compute capability; devices that are not here get the newest table below theirs."""
