@@ -9,7 +9,8 @@ from megatron.checkpoint.host_copies import HostCopies
 from tests.checkpoint import toy
 
 
-def copies_on(device):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_copies_keep_what_the_next_step_changes(device):
     fragments = [replace(one, tensor=one.tensor.to(device)) for one in toy.fragments(3)]
     copies = HostCopies()
     needed = copies.missing_bytes(fragments)
@@ -20,15 +21,11 @@ def copies_on(device):
     assert needed == sum(one.tensor.nbytes for one in taken)
     for copy, original in zip(taken, toy.fragments(3), strict=True):
         assert torch.equal(copy.tensor, original.tensor)
+        assert copy.tensor.is_pinned() == (device == "cuda")
         assert (copy.name, copy.kind, copy.start) == (original.name, original.kind, original.start)
     again = copies.take(fragments)
     assert [one.tensor.data_ptr() for one in again] == [one.tensor.data_ptr() for one in taken]
     assert all(not one.tensor.any() for one in again)
-    return taken
-
-
-def test_copies_keep_what_the_next_step_changes():
-    copies_on("cpu")
 
 
 def test_a_fragment_of_another_size_gets_memory_of_its_own():
@@ -37,8 +34,3 @@ def test_a_fragment_of_another_size_gets_memory_of_its_own():
     halves = toy.fragments(1, rank=0, size=2)
     assert copies.missing_bytes(halves) == sum(one.tensor.nbytes for one in halves)
     assert torch.equal(copies.take(halves)[0].tensor, halves[0].tensor)
-
-
-@pytest.mark.gpu
-def test_copies_of_a_device_are_page_locked():
-    assert all(one.tensor.is_pinned() for one in copies_on("cuda"))

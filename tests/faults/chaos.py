@@ -147,8 +147,8 @@ def calls_of(point: str, chance: random.Random) -> int:
     return chance.randint(2, 6) if point == "a file is half written" else chance.randint(1, 2)
 
 
-def chaos(zygote: Zygote, folder: Path, kind: Kind, kills: Sequence[Kill], seed: int, verbose: bool = False) -> None:
-    """Make the kills, in order, on as many runs as it takes.
+def chaos(zygote: Zygote, folder: Path, kind: Kind, kills: Sequence[Kill], seed: int, verbose: bool = False) -> int:
+    """Make the kills, in order, on as many runs as it takes; returns how many were made and survived.
 
     Raises:
         ChaosError: a loss differs, a run cannot be resumed, or something is left lying about.
@@ -177,6 +177,7 @@ def chaos(zygote: Zygote, folder: Path, kind: Kind, kills: Sequence[Kill], seed:
         "bit, no checkpoint over the limit",
         flush=True,
     )
+    return done
 
 
 def live(

@@ -14,4 +14,5 @@ def zygote(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_killed_runs_come_back_bit_for_bit(zygote, tmp_path, kind):
-    chaos(zygote, tmp_path / "runs", kind, plan(kind, 4 if kind.real else 16, seed=1), seed=1)
+    kills = plan(kind, 4 if kind.real else 16, seed=1)
+    assert chaos(zygote, tmp_path / "runs", kind, kills, seed=1) == len(kills)

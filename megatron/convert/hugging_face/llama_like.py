@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -33,7 +34,7 @@ REQUIRED = {
 """Fields that none of these families has otherwise."""
 
 
-class LlamaLike:
+class LlamaLike(ABC):
     """A family of that kind. Subclasses say what they have beyond it."""
 
     model_type: ClassVar[str]
@@ -49,17 +50,17 @@ class LlamaLike:
     own: ClassVar[dict[str, Any]] = {}
     """Fields of ours that have one value, or one of a set of values, in this family, which leaves out its default."""
 
+    @abstractmethod
     def read_own(self, config: TheirConfig) -> dict[str, Any]:
         """Give the fields in which the family differs from the others.
 
         Raises:
             ConvertError: the config asks for something that this model does not have.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def write_own(self, model: ModelConfig) -> dict[str, Any]:
         """Give their keys of those fields."""
-        raise NotImplementedError
 
     def read_config(self, config: TheirConfig) -> ModelConfig:
         """Make the model's section of their config.
