@@ -11,7 +11,8 @@ Legend: s sequence, b micro-batch, t ranks of the group. Without sequence parall
 | column | [out/t, in] | [s/t, b, in]   | [s, b, out/t]  |
 | row    | [out, in/t] | [s, b, in/t]   | [s/t, b, out]  |
 
-The column-parallel product of queries, keys and values is in `qkv.py`.
+The column-parallel product of queries, keys and values is in `qkv.py`. With sequence parallelism and a transport in the
+group, products run in pieces beside their collectives: `overlapped_linear.py`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from megatron.parallel.collectives import (
     sum_gradient,
 )
 from megatron.parallel.groups import Group
+from megatron.parallel.overlapped_linear import overlapped_column_product, overlapped_row_product
 from megatron.parallel.sharding import InitKind, divide, mark_init, mark_sharded
 
 
@@ -136,6 +138,8 @@ class RowParallelLinear(nn.Module):
 
     def product(self, input: Tensor) -> Tensor:
         """Do as `forward`, without the bias, for a caller that adds `own_bias` later."""
+        if self.sequence_parallel and self.group.transport is not None:
+            return overlapped_row_product(input, self.weight, self.group.transport)
         summand = F.linear(input, self.weight)
         reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from_group
         return reduce(summand, self.group)
@@ -168,6 +172,8 @@ def column_parallel_product(
     """
     if group.size == 1:
         return F.linear(input, weight, bias)
+    if sequence_parallel and group.transport is not None:
+        return overlapped_column_product(input, weight, bias, group.transport)
     return _ColumnProduct.apply(input, weight, bias, group, sequence_parallel)
 
 

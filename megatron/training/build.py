@@ -125,6 +125,7 @@ def _build_model(
     compiled = "; blocks compiled" if config.kernels.compile else ""
     choices = [
         attention_text,
+        place.overlap and f" shards of the sequence travel by: {place.overlap}",
         f" kernels: {reason}{compiled}",
         recompute.describe(),
         memory.describe() if place.device.type == "cuda" else None,  # of a process on a CPU it is a part
