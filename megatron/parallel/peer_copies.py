@@ -57,20 +57,20 @@ class Driver:
 
     def copy(self, stream: int, target: int, source: int, num_bytes: int) -> None:
         """Copy, after what the stream has to do so far."""
-        _check(self._copy(target, source, num_bytes, stream))
+        _check("copy", self._copy(target, source, num_bytes, stream))
 
     def write(self, stream: int, address: int, value: int) -> None:
         """Write a number, visible to all GPUs after everything that the stream did before."""
-        _check(self._write(stream, address, value & 0xFFFFFFFF, 0))
+        _check("write a number", self._write(stream, address, value & 0xFFFFFFFF, 0))
 
     def wait(self, stream: int, address: int, value: int) -> None:
         """Let the stream go on when the number is at least `value`, counted with wrap-around."""
-        _check(self._wait(stream, address, value & 0xFFFFFFFF, 0))
+        _check("wait for a number", self._wait(stream, address, value & 0xFFFFFFFF, 0))
 
 
-def _check(code: int) -> None:
+def _check(what: str, code: int) -> None:
     if code:
-        raise RuntimeError(f"CUDA's driver refused a copy between GPUs with code {code}")
+        raise RuntimeError(f"CUDA's driver refused to {what} in memory that GPUs share: code {code}")
 
 
 class PeerCopies:

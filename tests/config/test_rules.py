@@ -21,6 +21,7 @@ def sentences(words: list[str], world_size: int | None = None) -> list[str]:
 BROKEN: list[tuple[str, str, str]] = [
     # words, flags left out of the legal line, what the one sentence names
     ("--loss-chunk-size 1 --micro-batch-size 2", "", "--loss-chunk-size 1 & --micro-batch-size 2 & 2 tokens"),
+    ("--tp-comm-overlap copies", "", "--tp-comm-overlap copies & --sequence-parallel & --tp-comm-overlap auto"),
     ("--num-attention-heads 5", "", "--hidden-size 64 & --num-attention-heads 5 & --kv-channels"),
     ("--num-key-value-heads 3", "", "--num-attention-heads 4 & --num-key-value-heads 3"),
     ("--position-embedding-type rope --kv-channels 15", "", "--kv-channels 15 & --rotary-percent 1"),
