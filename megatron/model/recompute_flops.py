@@ -26,6 +26,8 @@ class UnitShape:
         tokens: b x s / u, the rows of each product of a weight, with sequence parallelism as without.
         seq_length: s.
         tensor_size: t.
+        summed_shards: ranks over which the result of a row-parallel product is divided where recompute sees it: t when
+            the product is overlapped with the sum over ranks, else 1, that of the summand before it.
         itemsize: bytes of an element.
         documents: whether masks take the place of plain causality, so that a fused kernel computes every pair.
         attention: "opaque" also for a fused kernel with dropout, which has to draw its numbers again.
@@ -34,6 +36,7 @@ class UnitShape:
     tokens: int
     seq_length: int
     tensor_size: int = 1
+    summed_shards: int = 1
     itemsize: int = 2
     documents: bool = False
     attention: AttentionProducts = "fused"
@@ -111,15 +114,15 @@ def _block_products(config: ModelConfig, shape: UnitShape) -> Iterator[Product]:
     key_value = 2 * config.num_key_value_heads * config.kv_channels // tensor
     inner = config.ffn_hidden_size // tensor
 
-    def product(name: str, in_features: int, out_features: int) -> Product:
+    def product(name: str, in_features: int, out_features: int, shards: int = 1) -> Product:
         elements = shape.tokens * out_features
-        return Product(name, 2 * elements * in_features, elements * shape.itemsize)
+        return Product(name, 2 * elements * in_features, elements // shards * shape.itemsize)
 
     yield product("qkv", hidden, heads + key_value)
     yield from _attention_products(config, shape)
-    yield product("attention output", heads, hidden)
+    yield product("attention output", heads, hidden, shape.summed_shards)
     yield product("up", hidden, (2 if config.gated else 1) * inner)
-    yield product("down", inner, hidden)
+    yield product("down", inner, hidden, shape.summed_shards)
 
 
 def _attention_products(config: ModelConfig, shape: UnitShape) -> Iterator[Product]:

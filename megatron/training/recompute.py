@@ -91,6 +91,7 @@ def unit_shape(
         tokens=training.micro_batch_size * data.seq_length // groups.ulysses.size,
         seq_length=data.seq_length,
         tensor_size=groups.tensor.size,
+        summed_shards=groups.tensor.size if groups.tensor.transport is not None else 1,
         itemsize=itemsize,
         documents=data.reset_attention_mask,
         attention=attention_in_products(attention.name, config.attention_dropout),
