@@ -64,8 +64,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment, began: float 
     Raises:
         UserError: something the user can put right, with the sentence that says how.
     """
-    start = StartUp(began)
-    start.passed("imports")
+    start = StartUp(began, "imports")
     with ExitStack() as resources:
         place = join_ranks(config.parallel, config.training.seed, environment)
         start.passed("ranks")

@@ -11,17 +11,18 @@ class StartUp:
 
     Args:
         began: when the process began, as `clock` tells it; None: now.
+        part: what the time since then went into.
         clock: tells seconds.
     """
 
-    def __init__(self, began: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, began: float | None, part: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self.began = clock() if began is None else began
-        self._last = self.began
+        self.began = self._last = clock() if began is None else began
         self._seconds: dict[str, float] = {}
+        self.passed(part)
 
     def passed(self, part: str) -> None:
-        """Count the time since the last call, or since the beginning, as that of `part`."""
+        """Count the time since the last call as that of `part`."""
         now = self._clock()
         self._seconds[part] = self._seconds.get(part, 0.0) + now - self._last
         self._last = now

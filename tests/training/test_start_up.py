@@ -9,8 +9,8 @@ from tests.training.runs import FLAGS, run
 
 def test_every_second_until_the_first_step_belongs_to_a_part():
     now = iter([3.0, 4.5, 8.0, 10.0])
-    start = StartUp(1.0, clock=lambda: next(now))
-    for part in ("imports", "data", "data", "first step"):
+    start = StartUp(1.0, "imports", clock=lambda: next(now))
+    for part in ("data", "data", "first step"):
         start.passed(part)
     assert start.describe() == " start: the first step was done after 9.0 s (imports 2.0, data 5.0, first step 2.0)"
 
