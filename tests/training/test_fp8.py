@@ -11,12 +11,11 @@ from tests.training.runs import run
 
 FLAGS = """
     --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --vocab-size 32 --split 1,0,0
-    --make-vocab-size-divisible-by 32 --micro-batch-size 8 --train-iters 100 --lr 5e-3 --min-lr 5e-4
-    --lr-decay-style cosine --lr-warmup-iters 10 --hidden-dropout 0 --attention-dropout 0 --eval-iters 0
-    --log-interval 20 --num-workers 0 --precision bf16
+    --make-vocab-size-divisible-by 32 --micro-batch-size 4 --train-iters 60 --lr 5e-3 --min-lr 5e-4
+    --lr-decay-style cosine --lr-warmup-iters 5 --hidden-dropout 0 --attention-dropout 0 --eval-iters 0
+    --log-interval 15 --num-workers 0 --precision bf16
 """
-STEPS = 20
-"""Whose losses a report averages."""
+"""A report averages the losses of 15 steps."""
 
 
 def write_chain(prefix) -> None:
