@@ -31,7 +31,9 @@ class BlockMemory:
     working: int
 
 
-def block_memory(config: ModelConfig, shape: UnitShape, *, sequence_parallel: bool, fused: bool) -> BlockMemory:
+def block_memory(
+    config: ModelConfig, shape: UnitShape, *, sequence_parallel: bool, fused: bool, fp8: bool = False
+) -> BlockMemory:
     """Count a block's activations.
 
     Args:
@@ -39,19 +41,23 @@ def block_memory(config: ModelConfig, shape: UnitShape, *, sequence_parallel: bo
         shape: of a rank's micro-batch.
         sequence_parallel: whether hidden states between the products are shards.
         fused: whether the fused kernels run, which keep less than plain torch does.
+        fp8: whether the products keep their inputs in 8 bits, but for shards that backward gathers once more.
     """
     rows, tensor, itemsize = shape.tokens, shape.tensor_size, shape.itemsize
     shards = tensor if sequence_parallel else 1
     stream_item = 4 if config.fp32_residual_connection else itemsize
     hidden, halves = config.hidden_size, 2 if config.gated else 1
     statistics = 8 if config.normalization == "layernorm" else 4
-    norm = (stream_item + itemsize) * hidden + statistics
+    operand = 1 if fp8 else itemsize
+    norm = (stream_item + (operand if shards == 1 else itemsize)) * hidden + statistics
     masks = 2 * hidden if config.hidden_dropout and not fused else 0
     whole = (2 * norm + masks) / shards
     mlp = (2 * halves if config.gated and not fused else halves + 1) * config.ffn_hidden_size
-    divided = (_attention_bytes(config, shape, fused) + itemsize * mlp) / tensor
+    mlp_bytes = itemsize * mlp - (itemsize - operand) * config.ffn_hidden_size
+    attended = fp8 * config.num_attention_heads * config.kv_channels  # attention keeps its result in the other form
+    divided = (_attention_bytes(config, shape, fused) + attended + mlp_bytes) / tensor
     gathered = 2 * itemsize * hidden  # a product's whole input, and its gradient
-    inner = itemsize * (halves + 1) * config.ffn_hidden_size / tensor
+    inner = (itemsize * (halves + 1) + fp8 * 2 * halves) * config.ffn_hidden_size / tensor
     return BlockMemory(
         kept=round(rows * (whole + divided)),
         stream=round(rows * stream_item * hidden / shards),
