@@ -25,8 +25,6 @@ from megatron.parallel.groups import Group
 FP16_LIFT = 256.0
 """Factor on unit gradients in fp16. They are made before the loss scale is known; without it those of unlikely tokens,
 1e-5 and less, would be rounded away. Products of them stay finite for weights up to 127."""
-PART_ELEMENTS = 2**25
-"""Of a gradient that is scaled in fp32 at a time: 128 MiB, enough work to hide what a launch costs."""
 
 
 def linear_cross_entropy(
@@ -200,8 +198,6 @@ def _add_product(total: Tensor | None, grad_logits: Tensor, rows: Tensor) -> Ten
 
 
 def _scaled(unit: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply in fp32 and round once, in parts, so that no whole fp32 copy exists."""
-    scaled = torch.empty_like(unit, dtype=dtype)
-    for part, out in zip(unit.view(-1).split(PART_ELEMENTS), scaled.view(-1).split(PART_ELEMENTS), strict=True):
-        out.copy_(part.float() * scale)
-    return scaled
+    """Multiply in fp32 and round once, in one pass and without an fp32 copy."""
+    # A scale with a dim takes part in the choice of the type of arithmetic, where a number would be rounded first.
+    return torch.mul(unit, scale.view(1), out=torch.empty_like(unit, dtype=dtype))
