@@ -25,7 +25,7 @@ def random_mask(batch, queries, keys, device, share=0.5):
 
 
 def torch_softmax(scores, *, scale, causal, mask):
-    """Torch's own operations in the dtype of the scores, whose backward reads weights of that dtype, as the kernel's."""
+    """Torch's own operations in the dtype of the scores; backward reads weights of that dtype, as the kernel does."""
     allowed = causal_mask(*scores.shape[-2:], scores.device) if causal else None
     if mask is not None:
         allowed = mask if allowed is None else mask & allowed
