@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron.kernels import activation, dropout, norm, rotary, softmax
 from megatron.kernels.attention.mask import causal_mask
 from megatron.kernels.cross_entropy import FusedSoftmax
+from megatron.parallel.cross_entropy import token_losses
 from megatron.parallel.groups import Group
 from megatron.parallel.linear_cross_entropy import linear_cross_entropy
 
@@ -223,9 +224,9 @@ class FusedLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         """Keep the logits and one number a token."""
         highest, exp_sum, label_logit = FusedSoftmax().statistics(logits, labels, logits.shape[1])
-        log_sum = highest + exp_sum.log()
+        loss, log_sum = token_losses(highest, exp_sum, label_logit)
         ctx.tensors = (logits, labels, log_sum)
-        return log_sum - label_logit
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.parallel.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
-from megatron.parallel.cross_entropy import PlainSoftmax, ShardedSoftmax
+from megatron.parallel.cross_entropy import PlainSoftmax, ShardedSoftmax, token_losses
 from megatron.parallel.groups import Group
 
 FP16_LIFT = 256.0
@@ -110,14 +110,13 @@ class _Job:
         return (start_all_reduce if self.pieces == 1 else start_reduce_scatter)(summand, self.group)
 
     def losses(self, logits_nv: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each token's loss and the log of its softmax's denominator, fp32 [n], and its column on this rank."""
+        """Return each token's loss [n], the log of its softmax's denominator [2, n], and its column on this rank."""
         first = self.group.rank * logits_nv.shape[1]
         columns = labels_n - first
         statistics = torch.stack(self.softmax.statistics(logits_nv, columns, self.num_tokens(logits_nv)))
         every_3 = start_all_gather(statistics.unsqueeze(0), self.group).wait() if self.group.size > 1 else None
         highest, exp_sum, label_logit = statistics if every_3 is None else _join(every_3)
-        log_sum = highest + exp_sum.log()
-        return log_sum - label_logit, log_sum, columns
+        return *token_losses(highest, exp_sum, label_logit), columns
 
     def num_tokens(self, logits_nv: Tensor) -> int:
         """Count this rank's columns that are no padding."""
