@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from megatron.config.model import ModelConfig
 from megatron.model.recompute_flops import UnitShape
 
-SCALING_BYTES = 2**28
-"""Of the parts in which a chunked loss scales its gradients: fp32, twice (`linear_cross_entropy.PART_ELEMENTS`)."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class BlockMemory:
@@ -122,7 +119,7 @@ def head_memory(
         return norm + rows * columns * logit_bytes + gathered + rows * itemsize * hidden + itemsize * weight
     chunk = min(chunk_size, rows)
     forward = shard + 4 * weight + chunk * (columns * logit_bytes + 2 * itemsize * hidden)
-    scaling = 2 * shard + (4 + itemsize) * weight + min(SCALING_BYTES, 8 * weight)
+    scaling = 2 * shard + (4 + itemsize) * weight
     return norm + max(forward, scaling)
 
 
