@@ -39,7 +39,7 @@ class Fp8Products:
     def __init__(self, gradient_format: str = "hybrid", quantise: Callable[..., Quantised] = quantise) -> None:
         self._gradients = GRADIENT_FORMATS[gradient_format]
         self._quantise = quantise
-        self._held: dict[int, Quantised] | None = None
+        self._held: dict[int, tuple[Tensor, Quantised]] | None = None
 
     @contextmanager
     def weights_stay(self) -> Iterator[None]:
@@ -59,11 +59,12 @@ class Fp8Products:
         weight = weight.detach()
         if self._held is None:
             return self._quantise(weight, E4M3, by_row=for_output, by_column=for_input)
-        # By address: recompute is handed other objects for the same weight.
-        held = self._held.get(weight.data_ptr())
-        if held is None:
-            held = self._held[weight.data_ptr()] = self._quantise(weight, E4M3)
-        return held
+        # By address, since recompute is handed other objects for the same weight; the weight is held along, so that
+        # its address cannot become that of another.
+        address = weight.data_ptr()
+        if address not in self._held:
+            self._held[address] = (weight, self._quantise(weight, E4M3))
+        return self._held[address][1]
 
     def of_gradient(
         self, grad: Tensor, *, for_weight: bool = True, sums: bool = False

@@ -225,3 +225,11 @@ def test_weights_are_brought_into_8_bits_once_while_they_stay_and_anew_afterward
         assert products.of_weight(weight).scale.item() == 2 * first.scale.item()
     assert products.of_weight(weight, for_input=False).by_column is None
     assert len(calls) == 3
+
+
+def test_a_weight_at_the_address_of_one_that_is_gone_is_brought_into_8_bits_for_itself():
+    products = Fp8Products()
+    with products.weights_stay():
+        for value in (1.0, 2.0, 3.0):  # each would be made where the one before has been
+            made = products.of_weight(torch.full((64, 64), value, dtype=torch.bfloat16))
+            assert (made.by_row.float() * made.scale == value).all()
