@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.kernels.attention.documents import PackedDocuments, pack_documents
 from megatron.kernels.attention.interface import ALL_FEATURES, HALF_DTYPES, AttentionBackend, prefer
-from megatron.kernels.attention.packages import attend_packed, why_not_installed, why_not_on_gpu
+from megatron.kernels.attention.packages import attend_packed, same_bits_wanted, why_not_installed, why_not_on_gpu
 
 OLDEST = (2, 6)  # the first with capped logits
 
@@ -46,6 +46,7 @@ def attend(
         "causal": causal,
         "window_size": (window - 1, 0) if window else (-1, -1),  # keys before and after the query's own
         "softcap": softcap,
+        "deterministic": same_bits_wanted(),
     }
     if documents is not None:
         packed = partial(flash_attn_varlen_func, **options)
