@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron.kernels.attention import flash_v1, flash_v2, flash_v4, packages
+from megatron.kernels.attention.interface import AttentionRequest
 from tests.kernels.exact_attention import errors, exact_attend, make_heads, make_ids
 
 OPTIONS = {"scale": 0.3, "causal": True}
@@ -251,3 +252,18 @@ def test_a_package_that_another_wrote_over_is_one_sentence(monkeypatch, tmp_path
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert flash_v4.unavailable() == sentence
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("size", [192, 256])
+def test_flash_v2_refuses_what_its_backward_leaves_out(monkeypatch, size, dropout, capability):
+    monkeypatch.setattr(packages, "version", lambda name: "2.8.3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    request = AttentionRequest(head_size=size, dtype=torch.bfloat16, device_type="cuda", dropout=dropout)
+    refused = flash_v2.BACKEND.why_not(request)
+    if size == 256 and dropout and capability == (8, 9):
+        assert refused == "on this GPU it drops no weights in backward of heads wider than 192, not 256"
+    else:
+        assert refused is None
