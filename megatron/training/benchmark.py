@@ -29,8 +29,8 @@ Figures = dict[str, Any]
 def measure_run(environment: RankEnvironment, config: RunConfig, folder: Path) -> Figures:
     """Train as `pretrain_gpt.py` does and return this rank's figures; every rank calls it, in a process of its own.
 
-    The second half of `train_iters` counts. It is one reporting interval of the ordinary loop, optimizer steps and
-    data included, so that nothing is timed that a run does not do, and the host waits for the device at its end alone.
+    What counts is the last reporting interval of the ordinary loop, optimizer steps and data included, so that nothing
+    is timed that a run does not do, and the host waits for the device at its end alone.
 
     Args:
         environment: this process's rank.
@@ -60,11 +60,18 @@ def measure_run(environment: RankEnvironment, config: RunConfig, folder: Path) -
     return figures
 
 
-def for_measuring(config: RunConfig, steps: int, folder: Path) -> RunConfig:
-    """Let a run train for twice `steps`, report after each half, and do nothing else."""
+def for_measuring(config: RunConfig, steps: int, folder: Path, *, warm_up: int | None = None) -> RunConfig:
+    """Let a run train for `steps` after as many that warm up, report after every `steps`, and do nothing else.
+
+    Args:
+        config: the run.
+        steps: those that count.
+        folder: where the reports go.
+        warm_up: steps before them, a multiple of `steps`; None: as many.
+    """
     return replace(
         config,
-        training=replace(config.training, train_iters=2 * steps, eval_iters=0),
+        training=replace(config.training, train_iters=steps + (steps if warm_up is None else warm_up), eval_iters=0),
         reporting=replace(
             config.reporting, log_interval=steps, progress="plain", metrics_file=str(_metrics_file(folder))
         ),
@@ -107,15 +114,17 @@ def _metrics_file(folder: Path) -> Path:
 
 
 def _reported(config: RunConfig, folder: Path, world_size: int) -> Figures:
-    """Read the second report, and count the causal half of attention beside the whole."""
+    """Read the last report, and count the causal half of attention beside the whole."""
     lines = _metrics_file(folder).read_text(encoding="utf-8").splitlines()
     *_, report = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     rows = padded_vocab_size(config.data.vocab_size or 0, config.model.make_vocab_size_divisible_by)
     full, causal = (
         model_flops_per_token(config.model, rows, config.data.seq_length, causal=causal) for causal in (False, True)
     )
-    mfu = report["mfu"]
+    mfu, steps = report["mfu"], config.reporting.log_interval
     return {
+        "steps": steps,
+        "warm_up_steps": config.training.train_iters - steps,
         "ms_per_step": report["elapsed_ms_per_step"],
         "tokens_per_second_per_gpu": report["tokens_per_second"] / world_size,
         "tflops_full": report["model_tflops"],
