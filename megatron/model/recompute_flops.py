@@ -27,15 +27,16 @@ class UnitShape:
         seq_length: s.
         tensor_size: t.
         itemsize: bytes of an element.
-        documents: whether masks take the place of plain causality, so that a fused kernel computes every pair.
-        attention: "opaque" also for a fused kernel with dropout, which has to draw its numbers again.
+        keys: that a fused kernel's FLOPs are of, of each query on average; None: half of the sequence, as causality
+            leaves.
+        attention: "opaque" also for a fused kernel that draws the numbers of dropout itself and has to draw them again.
     """
 
     tokens: int
     seq_length: int
     tensor_size: int = 1
     itemsize: int = 2
-    documents: bool = False
+    keys: float | None = None
     attention: AttentionProducts = "fused"
 
 
@@ -128,8 +129,8 @@ def _attention_products(config: ModelConfig, shape: UnitShape) -> Iterator[Produ
     flops, output_bytes = 2 * pairs * config.kv_channels, rows * config.kv_channels * shape.itemsize
     if shape.attention == "fused":
         statistics = 4 * rows  # the logarithm of each row's sum, in fp32
-        pair_of_products = 2 * flops if shape.documents else flops  # of the causal half alone
-        yield Product("attention", pair_of_products, output_bytes + statistics)
+        keys = shape.seq_length / 2 if shape.keys is None else shape.keys
+        yield Product("attention", round(4 * rows * keys * config.kv_channels), output_bytes + statistics)
     elif shape.attention == "written out":
         yield Product("scores", flops, pairs * shape.itemsize)
         yield Product("weighted values", flops, output_bytes)

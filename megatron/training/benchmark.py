@@ -13,8 +13,9 @@ import torch
 from megatron.config.derived import data_parallel_size
 from megatron.config.sections import RunConfig
 from megatron.engine.launchers import RankEnvironment
+from megatron.kernels.attention.interface import AttentionBackend
 from megatron.kernels.attention.sdpa import BACKEND as FUSED_ATTENTION
-from megatron.kernels.attention.unfused import BACKEND as WRITTEN_OUT
+from megatron.kernels.registry import find_implementations
 from megatron.model.flops import model_flops_per_token
 from megatron.model.gpt import padded_vocab_size
 from megatron.parallel.groups import Group, ParallelGroups
@@ -99,7 +100,8 @@ def predict_run(config: RunConfig, world_size: int, *, on_gpu: bool = True) -> M
         ulysses=_planned(parallel.ds_sequence_parallel_size),
         tensor=_planned(parallel.tensor_model_parallel_size),
     )
-    attention = WRITTEN_OUT if config.kernels.attention_backend == "unfused" else FUSED_ATTENTION
+    backends = find_implementations("megatron.kernels.attention", AttentionBackend)
+    attention = backends.get(config.kernels.attention_backend, FUSED_ATTENTION)  # which of them auto is, a GPU tells
     fused = on_gpu and not (config.kernels.no_fused_kernels or config.kernels.no_cross_entropy_loss_fusion)
     recompute = plan_recompute(config, groups, attention)
     return predict_memory(config, vocab_size, groups, recompute, fused=fused)

@@ -92,16 +92,28 @@ def unit_shape(
         seq_length=data.seq_length,
         tensor_size=groups.tensor.size,
         itemsize=itemsize,
-        documents=data.reset_attention_mask,
-        attention=attention_in_products(attention.name, config.attention_dropout),
+        keys=counted_keys(config, data, attention),
+        attention=attention_in_products(attention, config.attention_dropout),
     )
 
 
-def attention_in_products(backend: str, dropout: float) -> AttentionProducts:
-    """Say how a backend's work appears among the products: of kernels, torch's own alone are seen there."""
-    if backend == "unfused":
-        return "written out"
-    return "fused" if backend.startswith("sdpa") and dropout == 0 else "opaque"
+def attention_in_products(backend: AttentionBackend, dropout: float) -> AttentionProducts:
+    """Say how a backend's work appears among the products: as two of torch's own, as one that may be kept, or not."""
+    if backend.in_products == "fused without dropout":
+        return "opaque" if dropout else "fused"
+    return backend.in_products
+
+
+def counted_keys(config: ModelConfig, data: DataConfig, backend: AttentionBackend) -> float:
+    """Count the keys of a query, on average, that a fused kernel's FLOPs are of.
+
+    Formulas know causality, and a window that a kernel takes as such; they know no documents, and of a mask nothing.
+    """
+    window = config.attention_window if config.attention_window < data.seq_length else 0
+    if backend.dense_document_mask and (data.reset_attention_mask or window):
+        return float(data.seq_length)
+    keys = window or data.seq_length
+    return keys * (1 - keys / (2 * data.seq_length))
 
 
 def build_recompute(
