@@ -71,6 +71,8 @@ def _attention_bytes(config: ModelConfig, shape: UnitShape, fused: bool) -> floa
         elements += query
     if config.qk_layernorm:
         elements += query + key
+    if shape.exchanged:  # the core keeps its result, and so does the product that takes it in after the exchange
+        elements += query
     core = core_bytes(config, shape) / shape.tokens
     return core + shape.itemsize * (elements + query)
 

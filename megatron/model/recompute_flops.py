@@ -29,6 +29,7 @@ class UnitShape:
         itemsize: bytes of an element.
         keys: that a fused kernel's FLOPs are of, of each query on average; None: half of the sequence, as causality
             leaves.
+        exchanged: whether Ulysses trades heads for tokens around attention.
         attention: "opaque" also for a fused kernel that draws the numbers of dropout itself and has to draw them again.
     """
 
@@ -37,6 +38,7 @@ class UnitShape:
     tensor_size: int = 1
     itemsize: int = 2
     keys: float | None = None
+    exchanged: bool = False
     attention: AttentionProducts = "fused"
 
 

@@ -93,6 +93,7 @@ def unit_shape(
         tensor_size=groups.tensor.size,
         itemsize=itemsize,
         keys=counted_keys(config, data, attention),
+        exchanged=groups.ulysses.size > 1,
         attention=attention_in_products(attention, config.attention_dropout),
     )
 
