@@ -70,6 +70,7 @@ class MemoryPlan:
         activations: kept by all blocks, of all micro-batches in flight.
         moments: bytes at each moment, by its name.
         stage: its pipeline stage.
+        host: bytes of the host's memory that inputs of recomputed units wait in.
     """
 
     parameters: int
@@ -77,6 +78,7 @@ class MemoryPlan:
     activations: int
     moments: dict[str, float]
     stage: int = 0
+    host: int = 0
 
     @property
     def peak(self) -> float:
@@ -102,6 +104,7 @@ class MemoryPlan:
             "buckets": self.state.buckets,
             "activations": self.activations,
             "peak": self.peak,
+            "host": self.host,
         }
         return {name: size / GIB for name, size in parts.items()}
 
@@ -110,7 +113,8 @@ class MemoryPlan:
         parts = self.to_json()
         names = ("weights", "gradients", "optimizer", "activations")
         listed = ", ".join(f"{name} {parts[name]:.2f}" for name in names)
-        return f" memory: predicted peak {parts['peak']:.2f} GiB, at the {self.moment} ({listed})"
+        host = f"; on the host {parts['host']:.2f} GiB of pinned memory" if self.host else ""
+        return f" memory: predicted peak {parts['peak']:.2f} GiB, at the {self.moment} ({listed}){host}"
 
 
 def plan_memory(
@@ -185,7 +189,14 @@ def _plan_stage(
         "reduction": at_start + state.made + state.reducing,
         "step": at_start + state.made + state.stepping,
     }
-    return MemoryPlan(parameters=parameters, state=state, activations=activations, moments=moments, stage=stage)
+    return MemoryPlan(
+        parameters=parameters,
+        state=state,
+        activations=activations,
+        moments=moments,
+        stage=stage,
+        host=recompute.host_bytes(stage),
+    )
 
 
 class _Activations(NamedTuple):

@@ -15,6 +15,7 @@ from megatron.kernels.attention.interface import AttentionBackend
 from megatron.model.recompute_flops import AttentionProducts, UnitShape, kept_products, recomputed_flops_per_token
 from megatron.parallel.groups import Group, ParallelGroups
 from megatron.parallel.recompute import Granularity, Method, RecomputePolicy, Unit
+from megatron.parallel.recompute_inputs import pinned_bytes
 
 GIB = 2**30
 
@@ -62,6 +63,15 @@ class Recompute:
         size = f" in units of {units[0].end}" if units[0].end > 1 else ""
         return f" recompute: {count}{of} blocks{where}{size}; kept: {self._kept(units, all_blocks=not of)}"
 
+    def host_bytes(self, stage: int) -> int:
+        """Count the pinned memory of the host that the inputs of a rank of a stage wait in."""
+        policy, blocks = self.policies[stage], self.stage_blocks[stage]
+        if not policy.on_host:
+            return 0
+        units = sum(unit.is_recomputed for unit in policy.units(blocks))
+        in_flight = micro_batches_in_flight(stage, len(self.policies), self.num_micro_batches)
+        return units * in_flight * pinned_bytes(self.input_bytes)
+
     def _kept(self, units: Sequence[Unit], *, all_blocks: bool) -> str:
         """Name what is kept of the first stage's recomputed units, with its bytes in all micro-batches in flight."""
         policy = self.policies[0]
@@ -69,7 +79,7 @@ class Recompute:
         text = "their inputs"
         text += " in the host's memory" if policy.on_host else ""
         text += f", divided over {policy.split_over.size} tensor ranks" if policy.split_over.size > 1 else ""
-        text += f" ({count * self.input_bytes / GIB:.2f} GiB)"
+        text += f" ({(self.host_bytes(0) or count * self.input_bytes) / GIB:.2f} GiB)"
         if policy.granularity == "products":
             kept = kept_products(self.config, self.shape, units[0].end, policy.budget_bytes).values()
             names = ", ".join(dict.fromkeys(product.result for product in kept))

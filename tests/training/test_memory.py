@@ -116,3 +116,6 @@ def test_one_line_tells_the_peak_and_its_parts():
     line = plan().describe()
     assert line.startswith(" memory: predicted peak ")
     assert "GiB, at the loss (weights " in line
+    assert "host" not in line
+    on_host = plan("--recompute-granularity", "full", "--recompute-inputs-on-host", "--seq-length", "65536")
+    assert on_host.describe().endswith("; on the host 0.12 GiB of pinned memory")  # 4 units x 65536 x 256 x 2 bytes

@@ -193,6 +193,16 @@ def test_inputs_are_counted_as_a_rank_holds_them():
     assert build(model=fp32).input_bytes == 2 * INPUT_BYTES
 
 
+def test_inputs_on_the_host_are_pinned_for_all_that_wait_at_a_time():
+    on_host = {"recompute_granularity": "full", "recompute_inputs_on_host": True}
+    assert build(**on_host).host_bytes(0) == 8 * INPUT_BYTES
+    odd = UnitShape(tokens=4096 + 1024, seq_length=1024)
+    assert build(shape=odd, **on_host).host_bytes(0) == 8 * 2 * INPUT_BYTES  # the next power of two
+    stages = build((4, 4), **on_host)
+    assert [stages.host_bytes(stage) for stage in (0, 1)] == [4 * 2 * INPUT_BYTES, 4 * INPUT_BYTES]
+    assert build(recompute_granularity="full").host_bytes(0) == 0
+
+
 def test_a_budget_that_holds_no_product_is_refused_with_the_numbers():
     with pytest.raises(ConfigError) as caught:
         build((4, 4), recompute_granularity="products", recompute_budget_gib=0.05)
