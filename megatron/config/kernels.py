@@ -48,6 +48,11 @@ class KernelsConfig:
         help="tokens whose logits exist at a time: the output head and the loss are computed as one, a chunk after the "
         "other; 0: all logits at once",
     )
+    mlp_chunk_size: int = flag(
+        0,
+        range=NOT_NEGATIVE,
+        help="tokens for which the inside of an MLP exists at a time, and is made again in backward; 0: all at once",
+    )
     compile: bool = flag(
         False,
         help="compile the blocks by torch.compile, one graph for all, fused operations kept as they are; on "

@@ -13,6 +13,7 @@ from megatron.config.model import ModelConfig
 from megatron.config.training import TrainingConfig
 from megatron.kernels.attention.interface import AttentionBackend
 from megatron.model.recompute_flops import AttentionProducts, UnitShape, kept_products, recomputed_flops_per_token
+from megatron.parallel.chunks import SequenceChunks
 from megatron.parallel.groups import Group, ParallelGroups
 from megatron.parallel.recompute import Granularity, Method, RecomputePolicy, Unit
 from megatron.parallel.recompute_inputs import pinned_bytes
@@ -95,10 +96,15 @@ def unit_shape(
     groups: ParallelGroups,
     attention: AttentionBackend,
     itemsize: int,
+    mlp_chunks: SequenceChunks | None = None,
 ) -> UnitShape:
-    """Put together the sizes of a rank's micro-batch; `itemsize` is in bytes."""
+    """Put together the sizes of a rank's micro-batch; `itemsize` is in bytes, and without chunks the MLP has none."""
+    batch = training.micro_batch_size
+    tokens = batch * data.seq_length // groups.ulysses.size
+    chunk = 0 if mlp_chunks is None else mlp_chunks.positions(batch) * batch * mlp_chunks.shards
     return UnitShape(
-        tokens=training.micro_batch_size * data.seq_length // groups.ulysses.size,
+        tokens=tokens,
+        mlp_chunk=min(chunk, tokens),
         seq_length=data.seq_length,
         tensor_size=groups.tensor.size,
         itemsize=itemsize,

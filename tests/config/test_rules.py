@@ -21,6 +21,7 @@ def sentences(words: list[str], world_size: int | None = None) -> list[str]:
 BROKEN: list[tuple[str, str, str]] = [
     # words, flags left out of the legal line, what the one sentence names
     ("--loss-chunk-size 1 --micro-batch-size 2", "", "--loss-chunk-size 1 & --micro-batch-size 2 & 2 tokens"),
+    ("--mlp-chunk-size 1 --micro-batch-size 2", "", "--mlp-chunk-size 1 & --micro-batch-size 2 & 2 tokens"),
     ("--num-attention-heads 5", "", "--hidden-size 64 & --num-attention-heads 5 & --kv-channels"),
     ("--num-key-value-heads 3", "", "--num-attention-heads 4 & --num-key-value-heads 3"),
     ("--position-embedding-type rope --kv-channels 15", "", "--kv-channels 15 & --rotary-percent 1"),
@@ -224,6 +225,7 @@ BROKEN: list[tuple[str, str, str]] = [
     ("--save-interval 5", "", "--save-interval 5 & --save"),
     ("--compile --zero-stage 3", "", "--compile & --zero-stage 3"),
     ("--compile --recompute-granularity full", "", "--compile & --recompute-granularity full"),
+    ("--compile --mlp-chunk-size 64", "", "--compile & --mlp-chunk-size 64"),
     ("--compile --tensor-model-parallel-size 2", "", "--compile & --tensor-model-parallel-size 2"),
     ("--keep-last 2", "", "--keep-last 2 & --save"),
     ("--async-save", "", "--async-save & --save"),

@@ -70,14 +70,15 @@ def test_pipeline_stages_hold_the_whole_and_a_second_tied_embedding():
 
 @pytest.mark.parametrize("backend", ["sdpa", "unfused"])
 @pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt2", "llama"])
-def test_a_block_keeps_what_the_table_of_recompute_says(changes, backend):
+@pytest.mark.parametrize("mlp_chunk_size", [0, 12])
+def test_a_block_keeps_what_the_table_of_recompute_says(changes, backend, mlp_chunk_size):
     """In fp32; the table's CPU keeps one tensor more for each RMSNorm."""
     config = tiny_gpt(**changes).config
     attention = "fused" if backend == "sdpa" else "written out"
-    shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, itemsize=4, attention=attention)
+    shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, itemsize=4, attention=attention, mlp_chunk=mlp_chunk_size)
     predicted = block_memory(config, shape, sequence_parallel=False, fused=False)
     of_norms = 2 * TOKENS * HIDDEN * 4 if config.normalization == "rmsnorm" else 0
-    assert predicted.kept == formula(config, backend=backend) - of_norms
+    assert predicted.kept == formula(config, backend=backend, mlp_chunk_size=mlp_chunk_size) - of_norms
     assert predicted.stream == TOKENS * HIDDEN * 4
 
 

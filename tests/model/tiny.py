@@ -51,6 +51,7 @@ def tiny_gpt(
     groups: ParallelGroups | None = None,
     recompute_policy: RecomputePolicy = NONE,
     loss_chunk_size: int = 0,
+    mlp_chunk_size: int = 0,
     **changes: Any,
 ) -> GPT:
     config = tiny_config(**changes)
@@ -61,6 +62,7 @@ def tiny_gpt(
         attention=backend_called(backend),
         recompute_policy=recompute_policy,
         loss_chunk_size=loss_chunk_size,
+        mlp_chunk_size=mlp_chunk_size,
     )
     initialize_parameters(model, seed, config.init_method_std, config.num_layers)
     return model
