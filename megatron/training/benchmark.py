@@ -126,7 +126,7 @@ def _reported(config: RunConfig, folder: Path, world_size: int) -> Figures:
     mfu, steps = report["mfu"], config.reporting.log_interval
     return {
         "steps": steps,
-        "warm_up_steps": config.training.train_iters - steps,
+        "warm_up_steps": (config.training.train_iters or 0) - steps,
         "ms_per_step": report["elapsed_ms_per_step"],
         "tokens_per_second_per_gpu": report["tokens_per_second"] / world_size,
         "tflops_full": report["model_tflops"],
