@@ -50,6 +50,15 @@ def fp8_features_are_multiples(kernels: KernelsConfig, model: ModelConfig, paral
             )
 
 
+def fp8_takes_mlps_whole(kernels: KernelsConfig) -> Iterator[str]:
+    """Chunks of an MLP add up the gradients of its weights in fp32, which products in 8 bits give in bf16."""
+    if kernels.fp8 and kernels.mlp_chunk_size:
+        yield (
+            f"--fp8 with --mlp-chunk-size {kernels.mlp_chunk_size}: chunks of an MLP are not multiplied in 8 bits; "
+            f"leave one or the other out."
+        )
+
+
 def fp8_is_not_compiled(kernels: KernelsConfig) -> Iterator[str]:
     """What a step keeps of its weights in 8 bits is no part of a graph."""
     if kernels.fp8 and kernels.compile:

@@ -58,6 +58,11 @@ class KernelsConfig:
         choices=("hybrid", "e4m3"),
         help="of gradients under --fp8: hybrid, E5M2, or e4m3, like inputs and weights (default: hybrid)",
     )
+    mlp_chunk_size: int = flag(
+        0,
+        range=NOT_NEGATIVE,
+        help="tokens for which the inside of an MLP exists at a time, and is made again in backward; 0: all at once",
+    )
     compile: bool = flag(
         False,
         help="compile the blocks by torch.compile, one graph for all, fused operations kept as they are; on "

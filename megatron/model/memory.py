@@ -50,16 +50,29 @@ def block_memory(
     masks = 2 * hidden if config.hidden_dropout and not fused else 0
     whole = (2 * norm + masks) / shards
     mlp = (2 * halves if config.gated and not fused else halves + 1) * config.ffn_hidden_size
-    mlp_bytes = itemsize * mlp - (itemsize - operand) * config.ffn_hidden_size
+    mlp_bytes = 0 if shape.mlp_chunk else itemsize * mlp - (itemsize - operand) * config.ffn_hidden_size
     attended = fp8 * config.num_attention_heads * config.kv_channels  # attention keeps its result in the other form
     divided = (_attention_bytes(config, shape, fused) + attended + mlp_bytes) / tensor
-    gathered = 2 * itemsize * hidden  # a product's whole input, and its gradient
-    inner = (itemsize * (halves + 1) + fp8 * 2 * halves) * config.ffn_hidden_size / tensor
     return BlockMemory(
         kept=round(rows * (whole + divided)),
         stream=round(rows * stream_item * hidden / shards),
-        working=round(rows * (inner + gathered + stream_item * hidden / shards)),
+        working=round(_working_bytes(config, shape, rows * stream_item * hidden / shards, fp8=fp8)),
     )
+
+
+def _working_bytes(config: ModelConfig, shape: UnitShape, stream: float, *, fp8: bool) -> float:
+    """Count what backward of a block adds at most: in its MLP, or where that is in chunks, in either half."""
+    itemsize, hidden, tensor = shape.itemsize, config.hidden_size, shape.tensor_size
+    gathered = 2 * itemsize * hidden  # a product's whole input, and its gradient
+    halves, inner = 2 if config.gated else 1, config.ffn_hidden_size / tensor
+    widths = (halves + 1) * inner
+    if not shape.mlp_chunk:
+        return shape.tokens * (itemsize * widths + fp8 * 2 * halves * inner + gathered) + stream
+    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.kv_channels / tensor
+    attention = shape.tokens * (2 * itemsize * heads + gathered) + stream  # the gradients of heads, apart and joined
+    # The inside of a chunk and its gradients, and the sums of the weights' in fp32 beside what they are rounded to.
+    mlp = shape.mlp_chunk * (2 * itemsize * widths + 2 * gathered) + (4 + itemsize) * hidden * widths + 2 * stream
+    return max(attention, mlp)
 
 
 def _attention_bytes(config: ModelConfig, shape: UnitShape, fused: bool) -> float:
@@ -74,6 +87,8 @@ def _attention_bytes(config: ModelConfig, shape: UnitShape, fused: bool) -> floa
         elements += query
     if config.qk_layernorm:
         elements += query + key
+    if shape.exchanged:  # the core keeps its result, and so does the product that takes it in after the exchange
+        elements += query
     core = core_bytes(config, shape) / shape.tokens
     return core + shape.itemsize * (elements + query)
 

@@ -12,7 +12,8 @@ from megatron.model.memory import block_memory, head_memory, rank_parameters
 from megatron.model.recompute_flops import UnitShape
 from megatron.parallel.groups import create_groups
 from megatron.parallel.mesh import Mesh
-from tests.model.test_recompute import HIDDEN, SEQUENCE, TOKENS, formula
+from megatron.parallel.recompute import NONE
+from tests.model.test_recompute import HIDDEN, SEQUENCE, TOKENS, bytes_of_a_block, formula
 from tests.model.tiny import LLAMA, VOCAB_SIZE, backend_called, tiny_config, tiny_gpt
 from tests.ranks import run_on_ranks
 
@@ -73,15 +74,28 @@ def test_pipeline_stages_hold_the_whole_and_a_second_tied_embedding():
 
 @pytest.mark.parametrize("backend", ["sdpa", "unfused"])
 @pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt2", "llama"])
-def test_a_block_keeps_what_the_table_of_recompute_says(changes, backend):
+@pytest.mark.parametrize("mlp_chunk_size", [0, 12])
+def test_a_block_keeps_what_the_table_of_recompute_says(changes, backend, mlp_chunk_size):
     """In fp32; the table's CPU keeps one tensor more for each RMSNorm."""
     config = tiny_gpt(**changes).config
     attention = "fused" if backend == "sdpa" else "written out"
-    shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, itemsize=4, attention=attention)
+    shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, itemsize=4, attention=attention, mlp_chunk=mlp_chunk_size)
     predicted = block_memory(config, shape, sequence_parallel=False, fused=False)
     of_norms = 2 * TOKENS * HIDDEN * 4 if config.normalization == "rmsnorm" else 0
-    assert predicted.kept == formula(config, backend=backend) - of_norms
+    assert predicted.kept == formula(config, backend=backend, mlp_chunk_size=mlp_chunk_size) - of_norms
     assert predicted.stream == TOKENS * HIDDEN * 4
+
+
+def bytes_of_a_block_of_ulysses_ranks():
+    return bytes_of_a_block(NONE, groups=create_groups(Mesh(ulysses=2), dist.get_rank()))
+
+
+def test_a_block_of_ulysses_ranks_keeps_the_result_of_attention_twice():
+    config = tiny_config()
+    shapes = [UnitShape(tokens=TOKENS, seq_length=SEQUENCE, itemsize=4, exchanged=both) for both in (False, True)]
+    once, twice = (block_memory(config, shape, sequence_parallel=False, fused=False).kept for shape in shapes)
+    assert twice - once == TOKENS * HIDDEN * 4
+    assert run_on_ranks(2, bytes_of_a_block_of_ulysses_ranks) == [twice, twice]
 
 
 def test_fused_kernels_and_tensor_ranks_keep_less():

@@ -53,6 +53,7 @@ def tiny_gpt(
     recompute_policy: RecomputePolicy = NONE,
     loss_chunk_size: int = 0,
     kernels: Kernels = PLAIN,
+    mlp_chunk_size: int = 0,
     **changes: Any,
 ) -> GPT:
     config = tiny_config(**changes)
@@ -64,6 +65,7 @@ def tiny_gpt(
         recompute_policy=recompute_policy,
         loss_chunk_size=loss_chunk_size,
         kernels=kernels,
+        mlp_chunk_size=mlp_chunk_size,
     )
     initialize_parameters(model, seed, config.init_method_std, config.num_layers)
     return model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -132,6 +132,9 @@ class AttentionBackend:
     """Features that it has, but not together."""
     dtypes: frozenset[torch.dtype] = ALL_DTYPES
     device_types: frozenset[str] = frozenset({"cpu", "cuda"})
+    in_products: Literal["opaque", "written out", "fused", "fused without dropout"] = "opaque"
+    """How recompute that keeps products sees it: not at all; as two products of torch's; as one of its own, whose FLOPs
+    are registered with torch, always or unless it draws the numbers of dropout itself."""
     max_head_size: int | None = None
     head_size_multiple: int = 1
     dense_document_mask: bool = True
