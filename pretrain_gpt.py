@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 
 from megatron.config.errors import UserError, tell
 from megatron.config.run import parse_run_config
@@ -11,7 +12,7 @@ from megatron.engine.launch import read_environment, stop
 
 def main() -> int:
     """Parse the flags, build the trainer, train; returns the exit code."""
-    rank = 0
+    began, rank = time.monotonic(), 0
     try:
         environment = read_environment()
         rank = environment.rank
@@ -19,7 +20,7 @@ def main() -> int:
 
         from megatron.training.build import build_trainer  # imports torch, which --help and errors do without
 
-        code = build_trainer(config, environment).fit()
+        code = build_trainer(config, environment, began).fit()
         stop()
         return code
     except UserError as error:

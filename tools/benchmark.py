@@ -9,7 +9,9 @@ r"""Train a model for a few steps on synthetic tokens and print its speed and me
 Flags of its own come before or between those of pretrain_gpt.py, which win over what the model's name implies:
   --model NAME      a shape of tools/model_shapes.py
   --ranks N         processes of this machine, one for each GPU (default: 1)
-  --steps K         optimizer steps that count, after as many that warm up (default: 5)
+  --steps K         optimizer steps that count (default: 5)
+  --warm-up W       steps before them, a multiple of K (default: K); with 0 the first step counts, and so does what it
+                    alone does: kernels are loaded, products planned, memory found
   --accumulate N    micro-batches of a step, unless --global-batch-size says it (default: 1)
   --sweep NAME=A,B,...   one run for each value of a flag; `seq` and `mbs` are --seq-length and --micro-batch-size, 2k
                     is 2048, 1M 1048576, A..B doubles from A to B; several sweeps make all combinations
@@ -90,7 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Tell this tool's flags from those of the run."""
+    """Tell this tool's flags from those of the run.
+
+    Raises:
+        UserError: steps that warm up are no multiple of those that count.
+    """
     parser = argparse.ArgumentParser(
         usage="benchmark.py [--model NAME] [--ranks N] [--steps K] ... FLAGS OF pretrain_gpt.py",
         description=__doc__,
@@ -100,11 +106,15 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--model", choices=SHAPES, help=argparse.SUPPRESS)
     for name, default in (("--ranks", 1), ("--steps", 5), ("--accumulate", 1), ("--timeout", 1800)):
         parser.add_argument(name, type=_positive, default=default, help=argparse.SUPPRESS)
+    parser.add_argument("--warm-up", type=_count, help=argparse.SUPPRESS)
     parser.add_argument("--sweep", action="append", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--predict", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--picture", type=Path, help=argparse.SUPPRESS)
     options, words = parser.parse_known_args(argv)
+    options.warm_up = options.steps if options.warm_up is None else options.warm_up
+    if options.warm_up % options.steps:
+        raise UserError(f"--warm-up {options.warm_up} is no multiple of --steps {options.steps}: choose one, or 0")
     shape = [] if options.model is None else shape_flags(options.model)
     return options, [*shlex.split(DEFAULTS), *shape, *words]
 
@@ -113,6 +123,13 @@ def _positive(word: str) -> int:
     value = int(word)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{word} is not at least 1")
+    return value
+
+
+def _count(word: str) -> int:
+    value = int(word)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{word} is less than 0")
     return value
 
 
@@ -193,7 +210,7 @@ def run(config: RunConfig, options: argparse.Namespace) -> Row:
 
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)
-        config = for_measuring(config, options.steps, folder)
+        config = for_measuring(config, options.steps, folder, warm_up=options.warm_up)
         try:
             ranks = run_local_ranks(options.ranks, measure_run, config, folder, timeout=float(options.timeout))
             return join_figures(ranks)

@@ -48,18 +48,19 @@ def tensor_ranks_share_key_value_heads(parallel: ParallelConfig, model: ModelCon
         )
 
 
-def a_chunk_of_the_loss_holds_a_position(
+def a_chunk_holds_a_position(
     kernels: KernelsConfig, parallel: ParallelConfig, training: TrainingConfig
 ) -> Iterator[str]:
     """A chunk is made of whole positions of a micro-batch, one of every shard of the sequence at least."""
     shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     least = training.micro_batch_size * shards
-    if 0 < kernels.loss_chunk_size < least:
-        ranks = f" x --tensor-model-parallel-size {shards} (with --sequence-parallel)" if shards > 1 else ""
-        yield (
-            f"--loss-chunk-size {kernels.loss_chunk_size} is less than one position of --micro-batch-size "
-            f"{training.micro_batch_size}{ranks} = {least} tokens: raise it, or set it to 0 for all logits at once."
-        )
+    ranks = f" x --tensor-model-parallel-size {shards} (with --sequence-parallel)" if shards > 1 else ""
+    for name, everything in (("loss_chunk_size", "all logits at once"), ("mlp_chunk_size", "all tokens at once")):
+        if 0 < getattr(kernels, name) < least:
+            yield (
+                f"{spell(name)} {getattr(kernels, name)} is less than one position of --micro-batch-size "
+                f"{training.micro_batch_size}{ranks} = {least} tokens: raise it, or set it to 0 for {everything}."
+            )
 
 
 def compiled_blocks_are_whole(kernels: KernelsConfig, parallel: ParallelConfig, engine: EngineConfig) -> Iterator[str]:
@@ -71,6 +72,8 @@ def compiled_blocks_are_whole(kernels: KernelsConfig, parallel: ParallelConfig, 
         hindrances.append("--zero-stage 3")
     if kernels.recompute_granularity != "none":
         hindrances.append(f"--recompute-granularity {kernels.recompute_granularity}")
+    if kernels.mlp_chunk_size:
+        hindrances.append(f"--mlp-chunk-size {kernels.mlp_chunk_size}")
     if hindrances:
         yield (
             f"--compile makes one graph of a block, which {' and '.join(hindrances)} would break apart: leave one or "
@@ -96,10 +99,10 @@ def ranks_divide_the_sequence(parallel: ParallelConfig, data: DataConfig) -> Ite
 
 def overlap_carries_shards_of_the_sequence(parallel: ParallelConfig) -> Iterator[str]:
     """What is to be carried beside products are shards of the sequence."""
-    if parallel.tp_comm_overlap in ("copies", "messages") and not parallel.sequence_parallel:
+    if parallel.tp_comm_overlap != "none" and not parallel.sequence_parallel:
         yield (
             f"--tp-comm-overlap {parallel.tp_comm_overlap} carries shards of the sequence between tensor ranks, which "
-            f"hold some with --sequence-parallel only: add that, or use --tp-comm-overlap auto."
+            f"hold some with --sequence-parallel only: add that, or use --tp-comm-overlap none."
         )
 
 

@@ -33,6 +33,7 @@ class Block(nn.Module):
         attend: Callable[..., Tensor],
         rotary: Rotary | None,
         sequence_parallel: bool = False,
+        mlp_chunk_size: int = 0,
         kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
@@ -48,7 +49,9 @@ class Block(nn.Module):
             kernels=kernels,
         )
         self.mlp_norm = Norm(config, config.hidden_size, shards=shards, kernels=kernels)
-        self.mlp = MLP(config, group=group, sequence_parallel=sequence_parallel, kernels=kernels)
+        self.mlp = MLP(
+            config, group=group, sequence_parallel=sequence_parallel, chunk_size=mlp_chunk_size, kernels=kernels
+        )
         self.dropout = HiddenDropout(config.hidden_dropout, shards=shards, kernels=kernels)
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:

@@ -49,6 +49,7 @@ class GPT(nn.Module):
             tensor ranks must then divide the length of the sequence.
         recompute_policy: which activations backward computes again instead of finding them kept.
         loss_chunk_size: tokens whose logits exist at a time where the loss is computed; 0: all of them.
+        mlp_chunk_size: tokens for which the inside of an MLP exists at a time; 0: all of them.
         kernels: what computes norms, activations and the like.
     """
 
@@ -62,6 +63,7 @@ class GPT(nn.Module):
         sequence_parallel: bool = False,
         recompute_policy: RecomputePolicy = NONE,
         loss_chunk_size: int = 0,
+        mlp_chunk_size: int = 0,
         kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
@@ -74,6 +76,7 @@ class GPT(nn.Module):
         self.sequence_parallel = sequence_parallel
         self.recompute_policy = recompute_policy
         self.loss_chunk_size = loss_chunk_size
+        self.mlp_chunk_size = mlp_chunk_size
         self.tied_modules = nn.ModuleDict()
         self._stage_names: list[str] = []
         for index, stage in enumerate(self._build_stages()):
@@ -98,6 +101,7 @@ class GPT(nn.Module):
                 attend=attend,
                 rotary=rotary,
                 sequence_parallel=sharded,
+                mlp_chunk_size=self.mlp_chunk_size,
                 kernels=self.kernels,
             )
         yield Norm(config, hidden, shards=group.sequence_shards(sharded), kernels=self.kernels)

@@ -29,8 +29,11 @@ class UnitShape:
         summed_shards: ranks over which the result of a row-parallel product is divided where recompute sees it: t when
             the product is overlapped with the sum over ranks, else 1, that of the summand before it.
         itemsize: bytes of an element.
-        documents: whether masks take the place of plain causality, so that a fused kernel computes every pair.
-        attention: "opaque" also for a fused kernel with dropout, which has to draw its numbers again.
+        keys: that a fused kernel's FLOPs are of, of each query on average; None: half of the sequence, as causality
+            leaves.
+        mlp_chunk: tokens for which the inside of the MLP exists at a time, 0 for all.
+        exchanged: whether Ulysses trades heads for tokens around attention.
+        attention: "opaque" also for a fused kernel that draws the numbers of dropout itself and has to draw them again.
     """
 
     tokens: int
@@ -38,7 +41,9 @@ class UnitShape:
     tensor_size: int = 1
     summed_shards: int = 1
     itemsize: int = 2
-    documents: bool = False
+    keys: float | None = None
+    mlp_chunk: int = 0
+    exchanged: bool = False
     attention: AttentionProducts = "fused"
 
 
@@ -52,7 +57,8 @@ def kept_products(config: ModelConfig, shape: UnitShape, num_blocks: int, budget
     """Choose from them what the policy "products" keeps, once it knows how far recompute goes."""
     products = unit_products(config, shape, num_blocks)
     budget = ProductBudget(budget_bytes)
-    budget.note_reach(len(products), len(products) - (config.hidden_dropout == 0))
+    of_last_mlp = 2 * len(_chunks(shape)) if shape.mlp_chunk else 1
+    budget.note_reach(len(products), len(products) - (of_last_mlp if config.hidden_dropout == 0 else 0))
     return budget.choose(products, len(products))
 
 
@@ -68,44 +74,41 @@ def recomputed_flops_per_token(
     """Count what backward computes again of one token in the blocks of one pipeline stage.
 
     The second pass over a unit of blocks ends as soon as backward has all it needs. Only dropout needs the output of
-    the unit's last product; without it that product is not run again. Under "selective" the whole core of attention is
-    counted, as a fused kernel repeats it; one that is written out ends before its second product.
+    the unit's last product; without it that product is not run again, nor any of an MLP in chunks, whose own backward
+    runs its first product again in any case. Under "selective" the whole core of attention is counted, as a fused
+    kernel repeats it; one that is written out ends before its second product.
 
     Args:
         config: the architecture.
         seq_length: s.
         num_blocks: blocks of the stage.
         policy: of the stage.
-        shape: needed under "products", to tell which are kept.
+        shape: needed under "products", to tell which are kept, and for an MLP in chunks.
         causal: count the half of attention that a causal model needs.
     """
     core = attention_flops(config, seq_length, causal=causal)
+    in_chunks = shape is not None and shape.mlp_chunk > 0
+    down = 2 * config.hidden_size * config.ffn_hidden_size
+    up = down * (2 if config.gated else 1)
+    of_chunks = num_blocks * up if in_chunks else 0
     if policy.recomputes_attention:
-        return num_blocks * core
+        return num_blocks * core + of_chunks
     units = [unit.end - unit.first for unit in policy.units(num_blocks) if unit.is_recomputed]
-    flops = sum(units) * (2 * block_parameters(config) + core)
+    flops = sum(units) * (2 * block_parameters(config) + core) + of_chunks
     if config.hidden_dropout == 0:
-        flops -= len(units) * 2 * config.hidden_size * config.ffn_hidden_size
+        flops -= len(units) * (up + down if in_chunks else down)
     if shape is not None and policy.budget_bytes:
         kept = [kept_products(config, shape, size, policy.budget_bytes) for size in units]
-        flops -= sum(_flops_per_token(product, config, core) for unit in kept for product in unit.values())
+        flops -= sum(_flops_per_token(product, shape, core) for unit in kept for product in unit.values())
     return flops
 
 
-def _flops_per_token(product: Product, config: ModelConfig, core: float) -> float:
-    """Count a product on all tensor ranks, in the convention in which `core` counts attention."""
-    hidden, heads = config.hidden_size, config.num_attention_heads * config.kv_channels
-    key_value = 2 * config.num_key_value_heads * config.kv_channels
-    halves = 2 if config.gated else 1
-    return {
-        "qkv": 2 * hidden * (heads + key_value),
-        "attention": core,
-        "scores": core / 2,
-        "weighted values": core / 2,
-        "attention output": 2 * heads * hidden,
-        "up": 2 * hidden * halves * config.ffn_hidden_size,
-        "down": 2 * config.ffn_hidden_size * hidden,
-    }[product.result]
+def _flops_per_token(product: Product, shape: UnitShape, core: float) -> float:
+    """Count a product on all tensor ranks, attention in the convention in which `core` counts it."""
+    shares_of_core = {"attention": 1.0, "scores": 0.5, "weighted values": 0.5}
+    if product.result in shares_of_core:
+        return shares_of_core[product.result] * core
+    return product.flops * shape.tensor_size / shape.tokens
 
 
 def _block_products(config: ModelConfig, shape: UnitShape) -> Iterator[Product]:
@@ -114,15 +117,24 @@ def _block_products(config: ModelConfig, shape: UnitShape) -> Iterator[Product]:
     key_value = 2 * config.num_key_value_heads * config.kv_channels // tensor
     inner = config.ffn_hidden_size // tensor
 
-    def product(name: str, in_features: int, out_features: int, shards: int = 1) -> Product:
-        elements = shape.tokens * out_features
+    def product(name: str, in_features: int, out_features: int, tokens: int = shape.tokens, shards: int = 1) -> Product:
+        elements = tokens * out_features
         return Product(name, 2 * elements * in_features, elements // shards * shape.itemsize)
 
     yield product("qkv", hidden, heads + key_value)
     yield from _attention_products(config, shape)
-    yield product("attention output", heads, hidden, shape.summed_shards)
-    yield product("up", hidden, (2 if config.gated else 1) * inner)
-    yield product("down", inner, hidden, shape.summed_shards)
+    yield product("attention output", heads, hidden, shards=shape.summed_shards)
+    down_shards = 1 if shape.mlp_chunk else shape.summed_shards  # chunks are summed by collectives
+    for tokens in _chunks(shape):
+        yield product("up", hidden, (2 if config.gated else 1) * inner, tokens)
+        yield product("down", inner, hidden, tokens, down_shards)
+
+
+def _chunks(shape: UnitShape) -> list[int]:
+    """List the tokens of each chunk of the MLP."""
+    size = shape.mlp_chunk or shape.tokens
+    whole, rest = divmod(shape.tokens, size)
+    return [size] * whole + [rest] * (rest > 0)
 
 
 def _attention_products(config: ModelConfig, shape: UnitShape) -> Iterator[Product]:
@@ -131,8 +143,8 @@ def _attention_products(config: ModelConfig, shape: UnitShape) -> Iterator[Produ
     flops, output_bytes = 2 * pairs * config.kv_channels, rows * config.kv_channels * shape.itemsize
     if shape.attention == "fused":
         statistics = 4 * rows  # the logarithm of each row's sum, in fp32
-        pair_of_products = 2 * flops if shape.documents else flops  # of the causal half alone
-        yield Product("attention", pair_of_products, output_bytes + statistics)
+        keys = shape.seq_length / 2 if shape.keys is None else shape.keys
+        yield Product("attention", round(4 * rows * keys * config.kv_channels), output_bytes + statistics)
     elif shape.attention == "written out":
         yield Product("scores", flops, pairs * shape.itemsize)
         yield Product("weighted values", flops, output_bytes)

@@ -72,14 +72,17 @@ class Rotary:
 def rotary_tables(
     frequencies: tuple[float, ...], scale: float, length: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Make cosine and sine of position x frequency, fp32 [length, pairs]; a cast of the model would round buffers."""
-    positions = torch.arange(length, dtype=torch.float32, device="cpu")
-    angles = torch.outer(positions, torch.tensor(frequencies, dtype=torch.float32, device="cpu"))
-    return (angles.cos() * scale).to(device), (angles.sin() * scale).to(device)
+    """Make cosine and sine of position x frequency, fp32 [length, pairs]; a cast of the model would round buffers.
+
+    The angles are fp64: an angle near a million radians is rounded by 0.03 in fp32.
+    """
+    positions = torch.arange(length, dtype=torch.float64, device="cpu")
+    angles = torch.outer(positions, torch.tensor(frequencies, dtype=torch.float64, device="cpu"))
+    return (angles.cos() * scale).float().to(device), (angles.sin() * scale).float().to(device)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor:
-    """Compute the angle per position of each rotated pair of channels, fp32 [pairs], fastest first."""
+    """Compute the angle per position of each rotated pair of channels, fp64 [pairs], fastest first."""
     size, base, factor = (
         int(config.kv_channels * config.rotary_percent),
         config.rotary_base,
@@ -88,7 +91,7 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     if config.rotary_scaling_type == "ntk":
         # "NTK-aware": the base grows so that the slowest pair alone is stretched by the whole factor.
         base *= factor ** (size / (size - 2))
-    plain = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32, device="cpu") / size)
+    plain = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float64, device="cpu") / size)
     if config.rotary_scaling_type == "linear":
         return plain / factor
     if config.rotary_scaling_type == "yarn":
@@ -109,7 +112,7 @@ def _yarn(plain: Tensor, config: ModelConfig) -> Tensor:
 
     first = max(math.floor(pair_with_turns(config.rotary_beta_fast)), 0)
     last = min(math.ceil(pair_with_turns(config.rotary_beta_slow)), size - 1)
-    pairs = torch.arange(len(plain), dtype=torch.float32, device="cpu")
+    pairs = torch.arange(len(plain), dtype=torch.float64, device="cpu")
     stretched_share = ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
     return plain * (1 - stretched_share) + plain / config.rotary_scaling_factor * stretched_share
 

@@ -10,7 +10,6 @@ Legend: s sequence, b micro-batch, h hidden, v padded vocabulary, t tensor ranks
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +17,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.parallel.collectives import Pending, start_all_gather, start_all_reduce, start_reduce_scatter
-from megatron.parallel.cross_entropy import PlainSoftmax, ShardedSoftmax
+from megatron.parallel.chunks import Arrivals, SequenceChunks, add_product
+from megatron.parallel.collectives import start_all_gather
+from megatron.parallel.cross_entropy import PlainSoftmax, ShardedSoftmax, token_losses
 from megatron.parallel.groups import Group
 
 FP16_LIFT = 256.0
 """Factor on unit gradients in fp16. They are made before the loss scale is known; without it those of unlikely tokens,
 1e-5 and less, would be rounded away. Products of them stay finite for weights up to 127."""
-PART_ELEMENTS = 2**25
-"""Of a gradient that is scaled in fp32 at a time: 128 MiB, enough work to hide what a launch costs."""
 
 
 def linear_cross_entropy(
@@ -60,10 +58,8 @@ def linear_cross_entropy(
         softmax: computes the passes over the logits of a chunk; by default plain torch.
     """
     job = _Job(
-        group=group,
+        chunks=SequenceChunks(group=group, size=chunk_size, sequence_parallel=sequence_parallel),
         vocab_size=vocab_size,
-        chunk_size=chunk_size,
-        pieces=group.size if sequence_parallel else 1,
         softmax=softmax if softmax is not None and softmax.serves(hidden) else PlainSoftmax(),
         wants_gradients=torch.is_grad_enabled(),
     )
@@ -75,56 +71,32 @@ def linear_cross_entropy(
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """What is known before the first chunk.
+    """What is known before the first chunk."""
 
-    Attributes:
-        pieces: shards of the sequence that a chunk takes its positions from.
-    """
-
-    group: Group
+    chunks: SequenceChunks
     vocab_size: int
-    chunk_size: int
-    pieces: int
     softmax: ShardedSoftmax
     wants_gradients: bool
 
-    def chunks(self, hidden: Tensor) -> Iterator[slice]:
-        """Cut dim 0 of the input into chunks."""
-        length, batch, _ = hidden.shape
-        step = max(1, self.chunk_size // max(1, batch * self.pieces))
-        for start in range(0, length, step):
-            yield slice(start, min(start + step, length))
-
     def pick(self, of_sequence_sb: Tensor, chunk: slice) -> Tensor:
         """Take a chunk's values [n] of something that every rank has whole."""
-        length = of_sequence_sb.shape[0] // self.pieces
-        return of_sequence_sb.unflatten(0, (self.pieces, length))[:, chunk].flatten()
-
-    def gather(self, hidden: Tensor, chunk: slice) -> Pending:
-        """Start to collect a chunk's positions from all ranks."""
-        own = hidden[chunk]
-        return Pending(own, None) if self.pieces == 1 else start_all_gather(own, self.group)
-
-    def reduce(self, summand: Tensor) -> Pending:
-        """Start to sum the gradient of a chunk's positions over the ranks."""
-        if self.group.size == 1:
-            return Pending(summand, None)
-        return (start_all_reduce if self.pieces == 1 else start_reduce_scatter)(summand, self.group)
+        shards = self.chunks.shards
+        return of_sequence_sb.unflatten(0, (shards, of_sequence_sb.shape[0] // shards))[:, chunk].flatten()
 
     def losses(self, logits_nv: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each token's loss and the log of its softmax's denominator, fp32 [n], and its column on this rank."""
-        first = self.group.rank * logits_nv.shape[1]
+        """Return each token's loss [n], the log of its softmax's denominator [2, n], and its column on this rank."""
+        group = self.chunks.group
+        first = group.rank * logits_nv.shape[1]
         columns = labels_n - first
         statistics = torch.stack(self.softmax.statistics(logits_nv, columns, self.num_tokens(logits_nv)))
-        every_3 = start_all_gather(statistics.unsqueeze(0), self.group).wait() if self.group.size > 1 else None
+        every_3 = start_all_gather(statistics.unsqueeze(0), group).wait() if group.size > 1 else None
         highest, exp_sum, label_logit = statistics if every_3 is None else _join(every_3)
-        log_sum = highest + exp_sum.log()
-        return log_sum - label_logit, log_sum, columns
+        return *token_losses(highest, exp_sum, label_logit), columns
 
     def num_tokens(self, logits_nv: Tensor) -> int:
         """Count this rank's columns that are no padding."""
         columns = logits_nv.shape[1]
-        return min(max(self.vocab_size - self.group.rank * columns, 0), columns)
+        return min(max(self.vocab_size - self.chunks.group.rank * columns, 0), columns)
 
 
 def _join(statistics_t3n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,12 +116,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = None
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        chunks = list(job.chunks(hidden))
-        arriving = [job.gather(hidden, chunks[0])] if chunks else []
-        leaving: list[tuple[slice, Pending]] = []
-        for index, chunk in enumerate(chunks):
-            whole = arriving.pop().wait()
-            arriving += [job.gather(hidden, following) for following in chunks[index + 1 : index + 2]]
+        arrivals = None if grad_hidden is None else Arrivals(grad_hidden)
+        for chunk, whole in job.chunks.gathered(hidden):
             rows, mask = whole.flatten(0, 1), job.pick(mask_sb, chunk).float()
             logits = rows @ weight.t()
             losses, log_sum, columns = job.losses(logits, job.pick(labels_sb, chunk))
@@ -157,14 +125,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if not (wants_hidden or wants_weight):
                 continue
             grad_logits = job.softmax.gradient(logits, columns, log_sum, mask * lift, job.num_tokens(logits))
-            if grad_hidden is not None:
-                _put(grad_hidden, leaving)
-                leaving.append((chunk, job.reduce((grad_logits @ weight).view_as(whole))))
+            if arrivals is not None:
+                arrivals.expect(chunk, job.chunks.reduce((grad_logits @ weight).view_as(whole)))
             if wants_weight:
-                grad_weight = _add_product(grad_weight, grad_logits, rows)
+                grad_weight = add_product(grad_weight, grad_logits, rows)
             del logits, grad_logits  # else they live while the next chunk's are made
-        if grad_hidden is not None:
-            _put(grad_hidden, leaving)
+        if arrivals is not None:
+            arrivals.finish()
         if wants_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -181,27 +148,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
-def _put(grad_hidden: Tensor, leaving: list[tuple[slice, Pending]]) -> None:
-    """Write the gradients that have been summed over the ranks meanwhile to their place."""
-    for chunk, pending in leaving:
-        grad_hidden[chunk] = pending.wait()
-    leaving.clear()
-
-
-def _add_product(total: Tensor | None, grad_logits: Tensor, rows: Tensor) -> Tensor:
-    """Add grad_logits^T rows to the sum so far, in place; both in fp32."""
-    left = grad_logits.t()
-    if rows.dtype == torch.float32 or rows.device.type != "cuda":
-        left, rows = left.float(), rows.float()
-        return left @ rows if total is None else total.addmm_(left, rows)
-    if total is None:
-        return torch.mm(left, rows, out_dtype=torch.float32)
-    return torch.addmm(total, left, rows, out_dtype=torch.float32, out=total)
-
-
 def _scaled(unit: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply in fp32 and round once, in parts, so that no whole fp32 copy exists."""
-    scaled = torch.empty_like(unit, dtype=dtype)
-    for part, out in zip(unit.view(-1).split(PART_ELEMENTS), scaled.view(-1).split(PART_ELEMENTS), strict=True):
-        out.copy_(part.float() * scale)
-    return scaled
+    """Multiply in fp32 and round once, in one pass and without an fp32 copy."""
+    # A scale with a dim takes part in the choice of the type of arithmetic, where a number would be rounded first.
+    return torch.mul(unit, scale.view(1), out=torch.empty_like(unit, dtype=dtype))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import ctypes
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -126,13 +126,14 @@ class PeerCopies:
         """Make the buffer and return it with the addresses of all ranks' buffers."""
         import torch.distributed._symmetric_memory as symmetric_memory  # says so when torch moves it, on GPUs alone
 
-        problem, buffer, addresses = None, None, []
+        problem, handle = None, cast(dist.ProcessGroup, self.group.handle)
+        buffer, addresses = torch.empty(0, dtype=torch.uint8), [0]
         num_bytes = self._flags + (self.group.size - 1) * self.slots * self.piece_bytes
         try:
             buffer = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
             buffer[: self._flags].zero_()
             torch.cuda.synchronize(device)
-            shared: Any = symmetric_memory.rendezvous(buffer, self.group.handle)
+            shared: Any = symmetric_memory.rendezvous(buffer, handle)
             addresses = [
                 shared.get_buffer(rank, (num_bytes,), torch.uint8).data_ptr() for rank in range(self.group.size)
             ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +47,7 @@ def keep_inputs(inputs: Iterable[object], split_over: Group, *, on_host: bool) -
         restore = _move_to_host(share) if on_host and share.device.type != "cpu" else lambda: share
         if split_over.size == 1:
             return restore
-        return functools.partial(_gather_shares, restore, split_over, tensor.shape)
+        return partial(_gather_shares, restore, split_over, tensor.shape)
 
     return saved_tensors_hooks(pack, lambda packed: packed if isinstance(packed, Tensor) else packed())
 
@@ -70,6 +72,32 @@ def _move_to_host(tensor: Tensor) -> Restore:
     return _Transfers.of(tensor.device).move_to_host(tensor)
 
 
+def pinned_bytes(num_bytes: int) -> int:
+    """Give the host memory that one such input takes: torch pins powers of two."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+
+
+class Buffers:
+    """Memory that is made once and lent again: as much as was ever lent at a time, and of each size apart.
+
+    Who takes a buffer uses it on one stream, where all that others did with it comes before.
+
+    Args:
+        make: gives memory of so many bytes, as uint8.
+    """
+
+    def __init__(self, make: Callable[[int], Tensor]) -> None:
+        self._make = make
+        self._spare: dict[int, list[Tensor]] = defaultdict(list)
+
+    def lend(self, num_bytes: int, borrower: object) -> Tensor:
+        """Give a buffer to an object; it comes back when that is gone."""
+        spare = self._spare[num_bytes]
+        buffer = spare.pop() if spare else self._make(num_bytes)
+        weakref.finalize(borrower, spare.append, buffer).atexit = False
+        return buffer
+
+
 class _HostCopy:
     """A tensor in pinned memory, and on its device again once it has been fetched."""
 
@@ -80,7 +108,7 @@ class _HostCopy:
         module = transfers.module
         transfers.stream.wait_stream(module.current_stream(transfers.device))
         with module.stream(transfers.stream):
-            self.buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+            self.buffer = transfers.buffers.lend(tensor.nbytes, self).view(tensor.dtype).view(tensor.shape)
             self.buffer.copy_(tensor, non_blocking=True)
         tensor.record_stream(transfers.stream)  # its memory is not reused before the copy is done
 
@@ -111,6 +139,9 @@ class _Transfers:
         self.module: Any = torch.get_device_module(device)
         self.stream = self.module.Stream(device)
         self.last: weakref.ref[_HostCopy] | None = None
+        # All copies are on one stream, so that a buffer may be written as soon as the reading of it has been asked for;
+        # torch's own pool would wait for that, and pin more while the host is ahead of the device.
+        self.buffers = Buffers(partial(torch.empty, dtype=torch.uint8, device="cpu", pin_memory=True))
 
     @staticmethod
     @functools.cache

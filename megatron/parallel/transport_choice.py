@@ -11,7 +11,7 @@ from megatron.parallel.transport import Messages, Transport
 
 
 def choose_transport(wish: str, group: Group, device: torch.device) -> tuple[Transport | None, str]:
-    """Return the transport and the reason for it, half a sentence to print at start; all ranks of the group call it.
+    """Return the transport and half a sentence on it to print at start; all ranks of the group call it.
 
     Args:
         wish: --tp-comm-overlap.
@@ -22,14 +22,10 @@ def choose_transport(wish: str, group: Group, device: torch.device) -> tuple[Tra
         ConfigError: the transport that is asked for does not work here.
     """
     if wish == "none":
-        return None, "none, as the flags say: collectives run before and after the products"
+        return None, "collectives, which run before and after the products"
     if wish == "messages":
-        return Messages(group), "messages, as the flags say, beside the products"
+        return Messages(group), "messages, beside the products"
     try:
         return PeerCopies(group, device), "copies by the GPUs' copy engines, beside the products"
     except PeerCopiesUnavailableError as error:
-        if wish == "copies":
-            raise ConfigError(
-                [f"--tp-comm-overlap copies: {error}; use --tp-comm-overlap messages, or auto, or none"]
-            ) from error
-        return None, f"none, as {error}: collectives run before and after the products"
+        raise ConfigError([f"--tp-comm-overlap copies: {error}; use --tp-comm-overlap messages, or none"]) from error

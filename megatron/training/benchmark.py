@@ -13,8 +13,9 @@ import torch
 from megatron.config.derived import data_parallel_size
 from megatron.config.sections import RunConfig
 from megatron.engine.launchers import RankEnvironment
+from megatron.kernels.attention.interface import AttentionBackend
 from megatron.kernels.attention.sdpa import BACKEND as FUSED_ATTENTION
-from megatron.kernels.attention.unfused import BACKEND as WRITTEN_OUT
+from megatron.kernels.registry import find_implementations
 from megatron.model.flops import model_flops_per_token
 from megatron.model.gpt import padded_vocab_size
 from megatron.parallel.groups import Group, ParallelGroups
@@ -29,8 +30,8 @@ Figures = dict[str, Any]
 def measure_run(environment: RankEnvironment, config: RunConfig, folder: Path) -> Figures:
     """Train as `pretrain_gpt.py` does and return this rank's figures; every rank calls it, in a process of its own.
 
-    The second half of `train_iters` counts. It is one reporting interval of the ordinary loop, optimizer steps and
-    data included, so that nothing is timed that a run does not do, and the host waits for the device at its end alone.
+    What counts is the last reporting interval of the ordinary loop, optimizer steps and data included, so that nothing
+    is timed that a run does not do, and the host waits for the device at its end alone.
 
     Args:
         environment: this process's rank.
@@ -60,11 +61,18 @@ def measure_run(environment: RankEnvironment, config: RunConfig, folder: Path) -
     return figures
 
 
-def for_measuring(config: RunConfig, steps: int, folder: Path) -> RunConfig:
-    """Let a run train for twice `steps`, report after each half, and do nothing else."""
+def for_measuring(config: RunConfig, steps: int, folder: Path, *, warm_up: int | None = None) -> RunConfig:
+    """Let a run train for `steps` after as many that warm up, report after every `steps`, and do nothing else.
+
+    Args:
+        config: the run.
+        steps: those that count.
+        folder: where the reports go.
+        warm_up: steps before them, a multiple of `steps`; None: as many.
+    """
     return replace(
         config,
-        training=replace(config.training, train_iters=2 * steps, eval_iters=0),
+        training=replace(config.training, train_iters=steps + (steps if warm_up is None else warm_up), eval_iters=0),
         reporting=replace(
             config.reporting, log_interval=steps, progress="plain", metrics_file=str(_metrics_file(folder))
         ),
@@ -92,7 +100,8 @@ def predict_run(config: RunConfig, world_size: int, *, on_gpu: bool = True) -> M
         ulysses=_planned(parallel.ds_sequence_parallel_size),
         tensor=_planned(parallel.tensor_model_parallel_size),
     )
-    attention = WRITTEN_OUT if config.kernels.attention_backend == "unfused" else FUSED_ATTENTION
+    backends = find_implementations("megatron.kernels.attention", AttentionBackend)
+    attention = backends.get(config.kernels.attention_backend, FUSED_ATTENTION)  # which of them auto is, a GPU tells
     fused = on_gpu and not (config.kernels.no_fused_kernels or config.kernels.no_cross_entropy_loss_fusion)
     recompute = plan_recompute(config, groups, attention)
     return predict_memory(config, vocab_size, groups, recompute, fused=fused)
@@ -107,15 +116,17 @@ def _metrics_file(folder: Path) -> Path:
 
 
 def _reported(config: RunConfig, folder: Path, world_size: int) -> Figures:
-    """Read the second report, and count the causal half of attention beside the whole."""
+    """Read the last report, and count the causal half of attention beside the whole."""
     lines = _metrics_file(folder).read_text(encoding="utf-8").splitlines()
     *_, report = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     rows = padded_vocab_size(config.data.vocab_size or 0, config.model.make_vocab_size_divisible_by)
     full, causal = (
         model_flops_per_token(config.model, rows, config.data.seq_length, causal=causal) for causal in (False, True)
     )
-    mfu = report["mfu"]
+    mfu, steps = report["mfu"], config.reporting.log_interval
     return {
+        "steps": steps,
+        "warm_up_steps": (config.training.train_iters or 0) - steps,
         "ms_per_step": report["elapsed_ms_per_step"],
         "tokens_per_second_per_gpu": report["tokens_per_second"] / world_size,
         "tflops_full": report["model_tflops"],

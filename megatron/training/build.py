@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,7 +19,7 @@ from megatron.engine.interface import Engine
 from megatron.engine.launchers import RankEnvironment
 from megatron.kernels.attention.interface import AttentionBackend
 from megatron.kernels.attention.pick import pick_attention
-from megatron.kernels.choice import PLAIN, choose_kernels
+from megatron.kernels.choice import choose_kernels
 from megatron.model.flops import model_flops_per_token
 from megatron.model.gpt import GPT, padded_vocab_size
 from megatron.parallel.sharding import describe_sharding
@@ -47,40 +46,47 @@ from megatron.training.recompute import Recompute
 from megatron.training.report import Reporter, build_reporter
 from megatron.training.resume import Resume, continue_schedule, find_resume, restore
 from megatron.training.schedule import Schedule, build_learning_rate, build_weight_decay, training_length
+from megatron.training.start_up import StartUp
 from megatron.training.state import TrainState
 from megatron.training.stop import SignalFlag, StopRules
 from megatron.training.trainer import Cadence, Plan, Trainer
 from megatron.training.verify import build_watch
 
 
-def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
+def build_trainer(config: RunConfig, environment: RankEnvironment, began: float | None = None) -> Trainer:
     """Join the other ranks and make everything a run needs, from a checkpoint where there is one to resume.
+
+    Args:
+        config: the run's.
+        environment: this process's rank.
+        began: when the process began, by `time.monotonic`; None: now.
 
     Raises:
         UserError: something the user can put right, with the sentence that says how.
     """
-    started = time.monotonic()
+    start = StartUp(began, "imports")
     with ExitStack() as resources:
         place = join_ranks(config.parallel, config.training.seed, environment)
+        start.passed("ranks")
         tokenizer = build_tokenizer(config.data)
         config = with_partition(config, tokenizer.vocab_size)
         trains = not config.training.skip_train
         say_early = PlainConsole(None).say if place.control.is_first else lambda text: None
         resume = find_resume(config.checkpoint, config.to_json(), place, tokenizer, trains=trains, say=say_early)
         state = TrainState() if resume is None else resume.state
-        attention, reason = pick_attention(config.kernels.attention_backend, attention_request(config, place.device))
+        attention, why = pick_attention(config.kernels.attention_backend, attention_request(config, place.device))
         recompute = plan_recompute(config, place.groups, attention)
         plan = build_plan(config, tokenizer.vocab_size, place, recompute, state)
         plan = replace(plan, schedule=continue_schedule(plan.schedule, resume, config.checkpoint, say_early))
         reporter = _open_reporter(config, plan, place)
         resources.callback(reporter.close)
         inputs = _open_inputs(config, plan, place, tokenizer, attention, resume, reporter.say)
-        chosen = f" attention: {attention.name}, {reason}"
-        model, memory = _build_model(config, tokenizer, place, attention, recompute, plan, chosen, reporter.say)
-        engine = build_engine(config, model, place)
+        start.passed("data")
+        engine, memory = _build_engine(config, tokenizer, place, attention, why, recompute, plan, reporter.say, start)
         resources.callback(engine.close)
         if resume is not None:
             restore(resume, engine, place, config.training.seed, drops=config.model.drops, say=reporter.say)
+            start.passed("checkpoint")
         batches = inputs.training(state.consumed_samples)
         proof = _build_proof(config, plan, place, tokenizer, inputs, engine, batches, attention.name)
         watch = build_watch(config.checkpoint, resume, engine, proof, place, state, reporter.say)
@@ -96,7 +102,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
             engine=engine,
             training_batches=batches,
             held_out=inputs.held_out(),
-            rules=StopRules(config.training, place.control, signals, started=started),
+            rules=StopRules(config.training, place.control, signals, started=start.began),
             signals=signals,
             reporter=reporter,
             checkpoints=checkpoints,
@@ -104,27 +110,30 @@ def build_trainer(config: RunConfig, environment: RankEnvironment) -> Trainer:
             if config.reporting.log_params_norm
             else None,
             watch=watch.saw,
+            start=start,
             resources=resources.pop_all(),
         )
 
 
-def _build_model(
+def _build_engine(
     config: RunConfig,
     tokenizer: Tokenizer,
     place: Place,
     attention: AttentionBackend,
+    attention_reason: str,
     recompute: Recompute,
     plan: Plan,
-    attention_text: str,
     say: Callable[[str], None],
-) -> tuple[GPT, MemoryPlan]:
-    """Make the model, predict what it will hold, and say what was chosen."""
+    start: StartUp,
+) -> tuple[Engine, MemoryPlan]:
+    """Make the model, predict what it will hold, say what was chosen, and hand it to the engine."""
     kernels, reason = choose_kernels(config.kernels, place.device.type)
-    memory = predict_memory(config, tokenizer.vocab_size, place.groups, recompute, fused=kernels is not PLAIN)
+    start.passed("kernels")
+    memory = predict_memory(config, tokenizer.vocab_size, place.groups, recompute, fused=kernels.are_fused)
     model = build_model(config, tokenizer.vocab_size, place.groups, attention, recompute, place.device, kernels)
     compiled = "; blocks compiled" if config.kernels.compile else ""
     choices = [
-        attention_text,
+        f" attention: {attention.name}, {attention_reason}",
         place.overlap and f" shards of the sequence travel by: {place.overlap}",
         f" kernels: {reason}{compiled}",
         recompute.describe(),
@@ -132,7 +141,9 @@ def _build_model(
     ]
     for sentence in _describe(config, plan, place, model, choices):
         say(sentence)
-    return model, memory
+    engine = build_engine(config, model, place)
+    start.passed("model and engine")
+    return engine, memory
 
 
 def build_plan(config: RunConfig, vocab_size: int, place: Place, recompute: Recompute, state: TrainState) -> Plan:

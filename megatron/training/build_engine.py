@@ -15,12 +15,14 @@ from megatron.kernels.attention.interface import AttentionBackend, AttentionRequ
 from megatron.kernels.choice import PLAIN, Kernels
 from megatron.model.gpt import GPT, padded_vocab_size
 from megatron.model.init import draw_parameters, initialize_parameters
+from megatron.parallel.chunks import SequenceChunks
 from megatron.parallel.groups import ParallelGroups
 from megatron.training.memory import MemoryPlan, plan_memory
 from megatron.training.param_groups import build_param_groups
 from megatron.training.pipeline import balance_stages
 from megatron.training.place import Place
 from megatron.training.recompute import Recompute, build_recompute, unit_shape
+from megatron.training.watched_engine import SteadyWeights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -57,7 +59,9 @@ def attention_request(config: RunConfig, device: torch.device) -> AttentionReque
 def plan_recompute(config: RunConfig, groups: ParallelGroups, attention: AttentionBackend) -> Recompute:
     """Make the policies of all pipeline stages."""
     itemsize = DTYPES[config.training.precision].itemsize
-    shape = unit_shape(config.model, config.training, config.data, groups, attention, itemsize)
+    size, sharded = config.kernels.mlp_chunk_size, config.parallel.sequence_parallel
+    chunks = SequenceChunks(group=groups.tensor, size=size, sequence_parallel=sharded) if size else None
+    shape = unit_shape(config.model, config.training, config.data, groups, attention, itemsize, chunks)
     training = config.training
     return build_recompute(
         config.kernels,
@@ -107,6 +111,7 @@ def build_model(
             sequence_parallel=config.parallel.sequence_parallel,
             recompute_policy=recompute.policies[groups.pipeline.rank],
             loss_chunk_size=config.kernels.loss_chunk_size,
+            mlp_chunk_size=config.kernels.mlp_chunk_size,
             kernels=kernels,
         )
     if config.kernels.compile:
@@ -116,7 +121,11 @@ def build_model(
 
 def build_engine(config: RunConfig, model: GPT, place: Place) -> Engine:
     """Give the model its weights and hand it to DeepSpeed, whole or in stages."""
-    return (_build_pipeline if place.groups.pipeline.size > 1 else _build_flat)(config, model, place)
+    engine = (_build_pipeline if place.groups.pipeline.size > 1 else _build_flat)(config, model, place)
+    products = model.kernels.products
+    if products is None or config.engine.zero_stage == 3:  # which gathers weights and puts them away again
+        return engine
+    return SteadyWeights(engine, products.weights_stay)
 
 
 def _build_flat(config: RunConfig, model: GPT, place: Place) -> Engine:

@@ -1,9 +1,10 @@
 """The most memory that a run will hold on one rank, predicted from its config before anything is allocated.
 
-A step has its peak at one of four moments, and each is the sum of what exists then:
+A step has its peak at one of five moments, and each is the sum of what exists then:
 
 - loss: forward has kept its activations, and head and loss work;
 - backward: the first block that backward enters (and recomputes) has its activations and gradients in the work;
+- end of backward: so has the last one, of which nothing else is kept, and the gradients of the others are there;
 - reduction: backward is done, and DeepSpeed copies gradients into buckets;
 - step: the optimizer has its temporaries.
 
@@ -13,11 +14,13 @@ test_memory_gpu.py measure it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from megatron.config.engine import EngineConfig
 from megatron.config.kernels import KernelsConfig
 from megatron.config.training import TrainingConfig
+from megatron.model.flops import block_parameters
 from megatron.model.memory import BlockMemory, block_memory, core_bytes, head_memory, rank_parameters
 from megatron.model.recompute_flops import kept_products
 from megatron.parallel.recompute import RecomputePolicy
@@ -68,6 +71,7 @@ class MemoryPlan:
         activations: kept by all blocks, of all micro-batches in flight.
         moments: bytes at each moment, by its name.
         stage: its pipeline stage.
+        host: bytes of the host's memory that inputs of recomputed units wait in.
     """
 
     parameters: int
@@ -75,6 +79,7 @@ class MemoryPlan:
     activations: int
     moments: dict[str, float]
     stage: int = 0
+    host: int = 0
 
     @property
     def peak(self) -> float:
@@ -100,6 +105,7 @@ class MemoryPlan:
             "buckets": self.state.buckets,
             "activations": self.activations,
             "peak": self.peak,
+            "host": self.host,
         }
         return {name: size / GIB for name, size in parts.items()}
 
@@ -108,7 +114,8 @@ class MemoryPlan:
         parts = self.to_json()
         names = ("weights", "gradients", "optimizer", "activations")
         listed = ", ".join(f"{name} {parts[name]:.2f}" for name in names)
-        return f" memory: predicted peak {parts['peak']:.2f} GiB, at the {self.moment} ({listed})"
+        host = f"; on the host {parts['host']:.2f} GiB of pinned memory" if self.host else ""
+        return f" memory: predicted peak {parts['peak']:.2f} GiB, at the {self.moment} ({listed}){host}"
 
 
 def plan_memory(
@@ -127,7 +134,7 @@ def plan_memory(
 
     Args:
         recompute: the policies of the stages, with the model and the shape of a rank's micro-batch.
-        kernels: of which the chunks of the loss count.
+        kernels: of which the chunks of the loss count, and whether products take 8 bits.
         training: of which precision and the dtype of the sums count.
         engine: ZeRO's stage, offload and buckets.
         optimizer_slots: numbers that the optimizer keeps of each parameter: 2 for Adam, 1 for momentum.
@@ -136,7 +143,9 @@ def plan_memory(
         sequence_parallel: whether tensor ranks have shards of the sequence.
         fused: whether the fused kernels run.
     """
-    block = block_memory(recompute.config, recompute.shape, sequence_parallel=sequence_parallel, fused=fused)
+    block = block_memory(
+        recompute.config, recompute.shape, sequence_parallel=sequence_parallel, fused=fused, fp8=kernels.fp8
+    )
     plans = []
     last = len(recompute.stage_blocks) - 1
     for stage, blocks in enumerate(recompute.stage_blocks):
@@ -151,6 +160,9 @@ def plan_memory(
         state = state_memory(
             parameters, training, engine, replicas, optimizer_slots, recompute.num_micro_batches > 1 or last > 0
         )
+        if kernels.fp8 and engine.zero_stage < 3:  # both copies of each weight, for the length of a step
+            copies = 2 * blocks * block_parameters(recompute.config) / recompute.shape.tensor_size
+            state = replace(state, weights=state.weights + copies)
         head = 0
         if stage == last:
             head = head_memory(
@@ -170,33 +182,61 @@ def _plan_stage(
 ) -> MemoryPlan:
     num_stages = len(recompute.stage_blocks)
     in_flight = micro_batches_in_flight(stage, num_stages, recompute.num_micro_batches)
-    kept, working = _activations(recompute, stage, block)
-    between = block.stream * (2 * in_flight if num_stages > 1 else 1)  # what stages send, or the embedding's result
-    activations = in_flight * kept + between
-    # Gradients come as activations go, so that neither the last block's nor any other's backward holds more.
+    of_blocks = _activations(recompute, stage, block)
+    between = block.stream * (2 * in_flight if num_stages > 1 else 1)  # what stages send, or the final norm's input
+    activations = in_flight * of_blocks.kept + between
     at_start = state.total + WORKSPACE_BYTES
+    # Activations go as gradients come: there is most of both at one end or the other.
+    left = activations - of_blocks.kept + of_blocks.leaving
     moments = {
         "loss": at_start + activations + head,
-        "backward": at_start + activations + working,
+        "backward": at_start + activations + of_blocks.entering,
+        "end of backward": at_start + left + state.made * of_blocks.share_behind,
         "reduction": at_start + state.made + state.reducing,
         "step": at_start + state.made + state.stepping,
     }
-    return MemoryPlan(parameters=parameters, state=state, activations=activations, moments=moments, stage=stage)
+    return MemoryPlan(
+        parameters=parameters,
+        state=state,
+        activations=activations,
+        moments=moments,
+        stage=stage,
+        host=recompute.host_bytes(stage),
+    )
 
 
-def _activations(recompute: Recompute, stage: int, block: BlockMemory) -> tuple[int, int]:
-    """Count what the blocks of a stage keep of one micro-batch, and what backward of one of them adds."""
+class _Activations(NamedTuple):
+    """Of one micro-batch in the blocks of a stage, in bytes.
+
+    Attributes:
+        kept: by all blocks between forward and backward.
+        entering: what backward of its first unit adds.
+        leaving: all that there is in backward of its last unit.
+        share_behind: of the blocks, those whose backward is done by then.
+    """
+
+    kept: int
+    entering: int
+    leaving: int
+    share_behind: float
+
+
+def _activations(recompute: Recompute, stage: int, block: BlockMemory) -> _Activations:
     policy, blocks = recompute.policies[stage], recompute.stage_blocks[stage]
     units = [unit.end - unit.first for unit in policy.units(blocks) if unit.is_recomputed]
+    last = units[0] if units else 1
+    leaving, behind = last * block.kept + block.working, 1 - last / blocks
     if policy.recomputes_attention:
         core = core_bytes(recompute.config, recompute.shape) // recompute.shape.tensor_size
-        return blocks * (block.kept - core), core + block.working
+        return _Activations(blocks * (block.kept - core), core + block.working, leaving, behind)
     whole = (blocks - sum(units)) * block.kept
     if not units:
-        return whole, block.working
+        return _Activations(whole, block.working, leaving, behind)
     inputs = 0 if policy.on_host else recompute.input_bytes
     products = sum(_kept_bytes(recompute, policy, size) for size in units)
-    return whole + len(units) * inputs + products, max(units) * block.kept - block.stream + block.working
+    # A unit's input is kept already, and is not on the host, from where that of the next one comes beside the work.
+    entering = max(units) * block.kept + block.working + (recompute.input_bytes if policy.on_host else -block.stream)
+    return _Activations(whole + len(units) * inputs + products, entering, leaving, behind)
 
 
 def _kept_bytes(recompute: Recompute, policy: RecomputePolicy, size: int) -> int:

@@ -13,8 +13,10 @@ from megatron.config.model import ModelConfig
 from megatron.config.training import TrainingConfig
 from megatron.kernels.attention.interface import AttentionBackend
 from megatron.model.recompute_flops import AttentionProducts, UnitShape, kept_products, recomputed_flops_per_token
+from megatron.parallel.chunks import SequenceChunks
 from megatron.parallel.groups import Group, ParallelGroups
 from megatron.parallel.recompute import Granularity, Method, RecomputePolicy, Unit
+from megatron.parallel.recompute_inputs import pinned_bytes
 
 GIB = 2**30
 
@@ -62,6 +64,15 @@ class Recompute:
         size = f" in units of {units[0].end}" if units[0].end > 1 else ""
         return f" recompute: {count}{of} blocks{where}{size}; kept: {self._kept(units, all_blocks=not of)}"
 
+    def host_bytes(self, stage: int) -> int:
+        """Count the pinned memory of the host that the inputs of a rank of a stage wait in."""
+        policy, blocks = self.policies[stage], self.stage_blocks[stage]
+        if not policy.on_host:
+            return 0
+        units = sum(unit.is_recomputed for unit in policy.units(blocks))
+        in_flight = micro_batches_in_flight(stage, len(self.policies), self.num_micro_batches)
+        return units * in_flight * pinned_bytes(self.input_bytes)
+
     def _kept(self, units: Sequence[Unit], *, all_blocks: bool) -> str:
         """Name what is kept of the first stage's recomputed units, with its bytes in all micro-batches in flight."""
         policy = self.policies[0]
@@ -69,7 +80,7 @@ class Recompute:
         text = "their inputs"
         text += " in the host's memory" if policy.on_host else ""
         text += f", divided over {policy.split_over.size} tensor ranks" if policy.split_over.size > 1 else ""
-        text += f" ({count * self.input_bytes / GIB:.2f} GiB)"
+        text += f" ({(self.host_bytes(0) or count * self.input_bytes) / GIB:.2f} GiB)"
         if policy.granularity == "products":
             kept = kept_products(self.config, self.shape, units[0].end, policy.budget_bytes).values()
             names = ", ".join(dict.fromkeys(product.result for product in kept))
@@ -85,24 +96,42 @@ def unit_shape(
     groups: ParallelGroups,
     attention: AttentionBackend,
     itemsize: int,
+    mlp_chunks: SequenceChunks | None = None,
 ) -> UnitShape:
-    """Put together the sizes of a rank's micro-batch; `itemsize` is in bytes."""
+    """Put together the sizes of a rank's micro-batch; `itemsize` is in bytes, and without chunks the MLP has none."""
+    batch = training.micro_batch_size
+    tokens = batch * data.seq_length // groups.ulysses.size
+    chunk = 0 if mlp_chunks is None else mlp_chunks.positions(batch) * batch * mlp_chunks.shards
     return UnitShape(
-        tokens=training.micro_batch_size * data.seq_length // groups.ulysses.size,
+        tokens=tokens,
+        mlp_chunk=min(chunk, tokens),
         seq_length=data.seq_length,
         tensor_size=groups.tensor.size,
         summed_shards=groups.tensor.size if groups.tensor.transport is not None else 1,
         itemsize=itemsize,
-        documents=data.reset_attention_mask,
-        attention=attention_in_products(attention.name, config.attention_dropout),
+        keys=counted_keys(config, data, attention),
+        exchanged=groups.ulysses.size > 1,
+        attention=attention_in_products(attention, config.attention_dropout),
     )
 
 
-def attention_in_products(backend: str, dropout: float) -> AttentionProducts:
-    """Say how a backend's work appears among the products: of kernels, torch's own alone are seen there."""
-    if backend == "unfused":
-        return "written out"
-    return "fused" if backend.startswith("sdpa") and dropout == 0 else "opaque"
+def attention_in_products(backend: AttentionBackend, dropout: float) -> AttentionProducts:
+    """Say how a backend's work appears among the products: as two of torch's own, as one that may be kept, or not."""
+    if backend.in_products == "fused without dropout":
+        return "opaque" if dropout else "fused"
+    return backend.in_products
+
+
+def counted_keys(config: ModelConfig, data: DataConfig, backend: AttentionBackend) -> float:
+    """Count the keys of a query, on average, that a fused kernel's FLOPs are of.
+
+    Formulas know causality, and a window that a kernel takes as such; they know no documents, and of a mask nothing.
+    """
+    window = config.attention_window if config.attention_window < data.seq_length else 0
+    if backend.dense_document_mask and (data.reset_attention_mask or window):
+        return float(data.seq_length)
+    keys = window or data.seq_length
+    return keys * (1 - keys / (2 * data.seq_length))
 
 
 def build_recompute(

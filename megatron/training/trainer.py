@@ -15,6 +15,7 @@ from megatron.training.evaluate import evaluate
 from megatron.training.metrics import Interval, SpeedModel, memory_gib
 from megatron.training.report import Reporter
 from megatron.training.schedule import Schedule
+from megatron.training.start_up import StartUp
 from megatron.training.state import TrainState
 from megatron.training.stop import SignalFlag, Stop, StopRules
 from megatron.training.timers import Timers
@@ -82,6 +83,7 @@ class Trainer:
         checkpoints: what saves; None saves nothing.
         params_norm: measures the weights for each report; None leaves it out.
         watch: told iteration, loss and gradient norm of each step, one step late; None tells nobody.
+        start: counts the time to the end of the first step.
         resources: closed when the run ends, whichever way.
     """
 
@@ -99,6 +101,7 @@ class Trainer:
         checkpoints: Checkpoints | None,
         params_norm: Callable[[], float] | None,
         watch: Callable[[int, float, float], None] | None,
+        start: StartUp,
         resources: ExitStack,
     ) -> None:
         self.plan = plan
@@ -112,6 +115,7 @@ class Trainer:
         self._checkpoints = checkpoints
         self._params_norm = params_norm
         self._watch = watch
+        self._start = start
         self._resources = resources
         self._timers = Timers()
         self._interval = Interval(plan.lowest_loss_scale, watch)
@@ -125,6 +129,7 @@ class Trainer:
             self._timers.take()
             while (stop := self._reason_to_stop()) is None:
                 self._train_step()
+                self._tell_start()
                 if self._checkpoints is not None:
                     self._tell(self._checkpoints.poll())
                 if self._due(cadence.log):
@@ -151,6 +156,13 @@ class Trainer:
             result = self.engine.train_step(micro_batches, learning_rate=learning_rate, weight_decay=weight_decay)
         state.advance(samples=samples, tokens=samples * plan.speed.tokens_per_sample)
         self._interval.add(result, state, samples=samples, learning_rate=learning_rate, weight_decay=weight_decay)
+
+    def _tell_start(self) -> None:
+        """Say after the first step what it took to get there."""
+        if self.state.iteration == self._first_iteration + 1:
+            self._interval.settle(self.state)  # waits for the step
+            self._start.passed("first step")
+            self._reporter.say(self._start.describe())
 
     def _report(self) -> None:
         interval, state = self._interval, self.state

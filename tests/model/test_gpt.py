@@ -264,6 +264,15 @@ def test_the_loss_in_chunks_is_the_loss(variant):
         torch.testing.assert_close(ours, theirs)
 
 
+@variants
+@pytest.mark.parametrize("chunk_size", [6, 64])
+def test_the_mlp_in_chunks_is_the_mlp(variant, chunk_size):
+    tokens = random_tokens(length=17)
+    expected, found = (gradients(tiny_gpt(mlp_chunk_size=size, **variant), tokens) for size in (0, chunk_size))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_a_model_whose_loss_is_in_chunks_still_gives_logits():
     tokens = random_tokens()
     assert torch.equal(tiny_gpt(loss_chunk_size=6)(tokens), tiny_gpt()(tokens))

@@ -1,14 +1,19 @@
 """What formulas say of a rank's memory is what a model has: its parameters, and what its blocks keep for backward."""
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch.autograd.graph import saved_tensors_hooks
 
+from megatron.kernels.choice import PLAIN, Kernels
+from megatron.kernels.fp8_products import Fp8Products
 from megatron.model.gpt import GPT
 from megatron.model.memory import block_memory, head_memory, rank_parameters
 from megatron.model.recompute_flops import UnitShape
 from megatron.parallel.groups import create_groups
 from megatron.parallel.mesh import Mesh
-from tests.model.test_recompute import HIDDEN, SEQUENCE, TOKENS, formula
+from megatron.parallel.recompute import NONE
+from tests.model.test_recompute import HIDDEN, SEQUENCE, TOKENS, bytes_of_a_block, formula
 from tests.model.tiny import LLAMA, VOCAB_SIZE, backend_called, tiny_config, tiny_gpt
 from tests.ranks import run_on_ranks
 
@@ -69,15 +74,28 @@ def test_pipeline_stages_hold_the_whole_and_a_second_tied_embedding():
 
 @pytest.mark.parametrize("backend", ["sdpa", "unfused"])
 @pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt2", "llama"])
-def test_a_block_keeps_what_the_table_of_recompute_says(changes, backend):
+@pytest.mark.parametrize("mlp_chunk_size", [0, 12])
+def test_a_block_keeps_what_the_table_of_recompute_says(changes, backend, mlp_chunk_size):
     """In fp32; the table's CPU keeps one tensor more for each RMSNorm."""
     config = tiny_gpt(**changes).config
     attention = "fused" if backend == "sdpa" else "written out"
-    shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, itemsize=4, attention=attention)
+    shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, itemsize=4, attention=attention, mlp_chunk=mlp_chunk_size)
     predicted = block_memory(config, shape, sequence_parallel=False, fused=False)
     of_norms = 2 * TOKENS * HIDDEN * 4 if config.normalization == "rmsnorm" else 0
-    assert predicted.kept == formula(config, backend=backend) - of_norms
+    assert predicted.kept == formula(config, backend=backend, mlp_chunk_size=mlp_chunk_size) - of_norms
     assert predicted.stream == TOKENS * HIDDEN * 4
+
+
+def bytes_of_a_block_of_ulysses_ranks():
+    return bytes_of_a_block(NONE, groups=create_groups(Mesh(ulysses=2), dist.get_rank()))
+
+
+def test_a_block_of_ulysses_ranks_keeps_the_result_of_attention_twice():
+    config = tiny_config()
+    shapes = [UnitShape(tokens=TOKENS, seq_length=SEQUENCE, itemsize=4, exchanged=both) for both in (False, True)]
+    once, twice = (block_memory(config, shape, sequence_parallel=False, fused=False).kept for shape in shapes)
+    assert twice - once == TOKENS * HIDDEN * 4
+    assert run_on_ranks(2, bytes_of_a_block_of_ulysses_ranks) == [twice, twice]
 
 
 def test_fused_kernels_and_tensor_ranks_keep_less():
@@ -92,6 +110,36 @@ def test_fused_kernels_and_tensor_ranks_keep_less():
     assert plain - fused == TOKENS * (2 * inner + 2 * rotated + 2 * HIDDEN)  # activated gate, copies of heads, masks
     assert kept(2, sequence_parallel=True, fused=True) == fused // 2
     assert fused // 2 < kept(2, sequence_parallel=False, fused=True) < fused
+
+
+def bytes_kept_by_a_block(kernels, changes):
+    """Of a block in bf16: the storages that autograd saves, those of parameters aside."""
+    model = tiny_gpt(kernels=kernels, **changes).bfloat16()
+    block, hidden = model.stages()[3], torch.randn(SEQUENCE, 2, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages = {}
+
+    def note(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        result = block(hidden, model.context(torch.zeros(2, SEQUENCE, dtype=torch.long)))
+    assert result.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+@pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt2", "llama"])
+def test_products_in_8_bits_keep_as_much_less_as_the_formula_says(changes):
+    config = tiny_gpt(**changes).config
+    shape = UnitShape(tokens=2 * SEQUENCE, seq_length=SEQUENCE)
+    predicted = [
+        block_memory(config, shape, sequence_parallel=False, fused=False, fp8=fp8).kept for fp8 in (False, True)
+    ]
+    found = [bytes_kept_by_a_block(kernels, changes) for kernels in (PLAIN, Kernels(products=Fp8Products()))]
+    scales = 4 * 4  # one number for each of the four inputs, which the formula leaves out
+    assert found[0] - found[1] + scales == predicted[0] - predicted[1] > 0
 
 
 def test_chunks_of_the_loss_bound_the_logits():

@@ -34,7 +34,12 @@ POLICIES = {
         granularity="products", method="block", num_layers=2, budget_bytes=9_000
     ),
 }
-VARIANTS = {"gpt2": {}, "llama": {**LLAMA, "qk_layernorm": True}, "fp32 residual": {"fp32_residual_connection": True}}
+VARIANTS = {
+    "gpt2": {},
+    "mlp in chunks": {"mlp_chunk_size": 12},
+    "llama": {**LLAMA, "qk_layernorm": True},
+    "fp32 residual": {"fp32_residual_connection": True},
+}
 
 
 def gradients(model, steps=2):
@@ -98,7 +103,7 @@ def bytes_of_a_block(policy, **changes):
     return (more - fewer) // 2
 
 
-def formula(config, policy=NONE, *, backend="sdpa"):
+def formula(config, policy=NONE, *, backend="sdpa", mlp_chunk_size=0):
     """Bytes that docs/recompute.md gives for a block in one micro-batch, in fp32 on one rank of CPUs.
 
     There a dropout mask takes as much as what it is applied to, and RMSNorm is no single kernel and keeps one more
@@ -116,7 +121,7 @@ def formula(config, policy=NONE, *, backend="sdpa"):
     mask_bytes = 0 if backend == "sdpa" else SEQUENCE * SEQUENCE
     if policy.recomputes_attention:
         core = mask_bytes = 0
-    mlp = (4 if config.gated else 2) * inner
+    mlp = 0 if mlp_chunk_size else (4 if config.gated else 2) * inner
     dropout = 2 * hidden if config.hidden_dropout else 0
     return TOKENS * itemsize * (2 * norm + products + core + query + mlp + dropout) + mask_bytes
 
@@ -130,6 +135,13 @@ def test_what_a_block_holds_is_what_the_formula_says(variant, backend, dropout):
     config = tiny_gpt(**changes).config
     for policy in (NONE, SELECTIVE, FULL, POLICIES["units of two"]):
         assert bytes_of_a_block(policy, **changes) == formula(config, policy, backend=backend), policy
+
+
+@pytest.mark.parametrize("variant", [{}, LLAMA], ids=["gpt2", "llama"])
+def test_an_mlp_in_chunks_holds_its_input_alone(variant):
+    config, chunked = tiny_gpt(**variant).config, {"mlp_chunk_size": 12}
+    for policy in (NONE, SELECTIVE, FULL):
+        assert bytes_of_a_block(policy, **variant, **chunked) == formula(config, policy, **chunked), policy
 
 
 def test_half_precision_holds_what_the_published_formula_says():
@@ -153,10 +165,12 @@ def test_each_policy_holds_less_than_the_next():
 @pytest.mark.parametrize(("backend", "attention"), [("sdpa", "fused"), ("unfused", "written out")])
 @pytest.mark.parametrize("budget_bytes", [5_000, 12_000, 30_000, 100_000])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_products_hold_what_was_planned_for_them(backend, attention, budget_bytes, dropout):
+@pytest.mark.parametrize("mlp_chunk_size", [0, 12])
+def test_products_hold_what_was_planned_for_them(backend, attention, budget_bytes, dropout, mlp_chunk_size):
     changes = {**LLAMA, "backend": backend, "hidden_dropout": dropout}
     policy = RecomputePolicy(granularity="products", budget_bytes=budget_bytes)
-    shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, itemsize=4, attention=attention)
+    changes["mlp_chunk_size"] = mlp_chunk_size
+    shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, itemsize=4, attention=attention, mlp_chunk=mlp_chunk_size)
     planned = sum(p.num_bytes for p in kept_products(tiny_gpt(**changes).config, shape, 1, budget_bytes).values())
     assert 0 < planned <= budget_bytes
     assert bytes_held(policy, **changes) == bytes_held(FULL, **changes) + 3 * planned

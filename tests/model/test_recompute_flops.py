@@ -48,12 +48,14 @@ ATTENTION = {
 """torch counts the kernel of GPUs alone. Every query is counted with every key."""
 
 changes = pytest.mark.parametrize("changes", [{}, LLAMA, {**LLAMA, "kv_channels": 16, "num_key_value_heads": 4}])
+chunks = pytest.mark.parametrize("mlp_chunk", [0, 12])
 dropouts = pytest.mark.parametrize("dropout", [0.0, 0.1])
 
 
-def repeated(policy, *, backend, **changes):
-    again, once = (counted_flops(p, backend=backend, **changes) for p in (policy, NONE))
-    return again - once
+def repeated(policy, *, backend, mlp_chunk=0, **changes):
+    """FLOPs beyond those of a plain run."""
+    again = counted_flops(policy, backend=backend, mlp_chunk_size=mlp_chunk, **changes)
+    return again - counted_flops(NONE, backend=backend, **changes)
 
 
 def planned(policy, shape=None, **changes):
@@ -63,11 +65,13 @@ def planned(policy, shape=None, **changes):
 
 @changes
 @dropouts
+@chunks
 @pytest.mark.parametrize(("method", "num_layers"), [("uniform", 1), ("uniform", 2), ("block", 1), ("block", 2)])
-def test_recomputed_flops_equal_the_counted_ones(changes, dropout, method, num_layers):
+def test_recomputed_flops_equal_the_counted_ones(changes, dropout, mlp_chunk, method, num_layers):
     policy = RecomputePolicy(granularity="full", method=method, num_layers=num_layers)
     changes = {**changes, "hidden_dropout": dropout}
-    assert repeated(policy, backend="unfused", **changes) == planned(policy, **changes) > 0
+    shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, itemsize=4, mlp_chunk=mlp_chunk)
+    assert repeated(policy, backend="unfused", mlp_chunk=mlp_chunk, **changes) == planned(policy, shape, **changes) > 0
 
 
 @changes
@@ -79,18 +83,21 @@ def test_selective_recompute_repeats_a_fused_core_whole_and_the_first_product_of
 
 @changes
 @dropouts
+@chunks
 @pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize(("backend", "attention"), [("sdpa", "fused"), ("unfused", "written out")])
-def test_flops_with_kept_products_equal_the_counted_ones(changes, dropout, num_layers, backend, attention):
-    shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, itemsize=4, attention=attention)
+def test_flops_with_kept_products_equal_the_counted_ones(changes, dropout, mlp_chunk, num_layers, backend, attention):
+    shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, itemsize=4, attention=attention, mlp_chunk=mlp_chunk)
     changes = {**changes, "hidden_dropout": dropout}
     found = []
     for budget in (5_000, 20_000, 45_000, 200_000):
         policy = RecomputePolicy(granularity="products", num_layers=num_layers, budget_bytes=budget)
-        found.append(repeated(policy, backend=backend, **changes))
+        found.append(repeated(policy, backend=backend, mlp_chunk=mlp_chunk, **changes))
         assert found[-1] == planned(policy, shape, **changes), budget
     assert found == sorted(found, reverse=True)
-    assert found[0] > found[-1] == 0
+    config = tiny_config(**changes)
+    up = 2 * config.hidden_size * config.ffn_hidden_size * (2 if config.gated else 1)
+    assert found[0] > found[-1] == (TOKENS * config.num_layers * up if mlp_chunk else 0)
 
 
 def products_seen(overlapped):

@@ -1,10 +1,15 @@
 """Rotary frequencies: the scalings that other modules do not check (those are in the Hugging Face parity tests)."""
 
+import math
+from decimal import Decimal, localcontext
+
 import torch
 
 from megatron.model.context import Context
 from megatron.model.rotary import rotary_frequencies, rotary_tables
 from tests.model.tiny import LLAMA, tiny_config, tiny_gpt
+
+TWO_PI = Decimal("6.28318530717958647692528676655900576839433879875")
 
 
 def frequencies(**changes):
@@ -31,6 +36,19 @@ def test_tables_are_made_once_and_in_fp32():
     angles = torch.arange(32.0)[:, None] * torch.tensor([1.0, 0.1])
     torch.testing.assert_close(first, (2 * angles.cos(), 2 * angles.sin()))
     assert {table.dtype for table in first} == {torch.float32}
+
+
+def test_tables_are_exact_at_a_million_tokens():
+    """To the rounding of fp32, of angles that Python's own integers and decimals give: pos / base^(2 i / size)."""
+    size, length = 64, 2**20
+    cos, sin = rotary_tables(tuple(frequencies().tolist()), 1.0, length, torch.device("cpu"))
+    with localcontext(prec=50):
+        for position in (1, 4095, 131_071, length - 2, length - 1):
+            for pair in range(size // 2):
+                turns = position / Decimal(10_000) ** (Decimal(2 * pair) / size) / TWO_PI
+                angle = float((turns - int(turns)) * TWO_PI)
+                assert abs(cos[position, pair].item() - math.cos(angle)) < 1e-7, (position, pair)
+                assert abs(sin[position, pair].item() - math.sin(angle)) < 1e-7, (position, pair)
 
 
 def test_a_compiled_block_takes_the_tables_as_constants():

@@ -115,6 +115,44 @@ def test_weights_and_integers_stay_where_they_are():
     assert moved == [(11,)]
 
 
+class Borrower:
+    pass
+
+
+def test_buffers_are_made_once_and_lent_again_when_their_borrower_is_gone():
+    made = []
+    buffers = recompute_inputs.Buffers(lambda size: made.append(size) or torch.empty(size, dtype=torch.uint8))
+    for _ in range(3):
+        borrowers = [Borrower() for _ in range(4)]
+        lent = [buffers.lend(size, borrower) for size, borrower in zip((8, 8, 8, 16), borrowers, strict=True)]
+        assert len({buffer.data_ptr() for buffer in lent}) == 4
+        del borrowers
+    assert sorted(made) == [8, 8, 8, 16]
+
+
+def pinned_for_steps(steps):
+    """Buffers that are made for steps of eight units, while the host runs ahead of the device."""
+    policy = RecomputePolicy(granularity="full", on_host=True)
+    made, transfers = [], recompute_inputs._Transfers.of(torch.device("cuda", torch.cuda.current_device()))
+    make = transfers.buffers._make
+    transfers.buffers = recompute_inputs.Buffers(lambda size: made.append(size) or make(size))
+    hidden, weight = torch.ones(1024, 1, 1024, requires_grad=True), torch.full((1024, 1024), 1e-3)
+    for _ in range(steps):
+        output, hidden.grad = hidden, None
+        for _ in range(8):
+            output = recompute(lambda x: torch.sin(x @ weight @ weight @ weight), output * 1, policy=policy)
+        output.sum().backward()
+    return made, hidden.grad
+
+
+@pytest.mark.gpu
+def test_pinned_memory_is_used_again_and_its_tensors_are_right():
+    with torch.device("cuda"):
+        (once, expected), (many, found) = pinned_for_steps(1), pinned_for_steps(6)
+    assert once == many == [4 * 2**20] * 8
+    assert torch.equal(expected, found)
+
+
 @pytest.mark.gpu
 def test_inputs_on_the_host_take_no_memory_of_the_device():
     with torch.device("cuda"):

@@ -115,3 +115,17 @@ def test_named_models_are_those_of_the_scripts(tool):
             assert [getattr(shape, size) for size in sizes] == [getattr(trained, size) for size in sizes], name
             compared += 1
     assert compared == 9
+
+
+@pytest.mark.parametrize(("asked", "warm_up"), [(["--warm-up", "0"], 0), (["--warm-up", "2"], 2), ([], 1)])
+def test_steps_that_warm_up_are_as_many_as_asked_and_told(tool, tmp_path, asked, warm_up):
+    table = tmp_path / "table.json"
+    assert tool.main([*TINY, "--steps", "1", *asked, "--json", str(table)]) == 0
+    (row,) = json.loads(table.read_text())["rows"]
+    assert (row["steps"], row["warm_up_steps"]) == (1, warm_up)
+    assert row["ms_per_step"] > 0
+
+
+def test_steps_that_warm_up_are_whole_intervals(tool, capsys):
+    assert tool.main([*TINY, "--steps", "2", "--warm-up", "3"]) == 2
+    assert "--warm-up 3 is no multiple of --steps 2" in capsys.readouterr().err

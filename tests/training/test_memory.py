@@ -83,6 +83,17 @@ def test_recompute_trades_activations_for_one_unit_at_work():
     assert recomputed.activations < first.activations < everything.activations
 
 
+def test_gradients_peak_at_the_end_of_backward_where_no_activations_go_as_they_come():
+    few = ["--recompute-granularity", "full", "--seq-length", "256", "--vocab-size", "256", "--num-layers", "16"]
+    on_host = plan(*few, "--recompute-inputs-on-host")
+    assert on_host.moments["end of backward"] > on_host.moments["backward"]
+    of_blocks = 15 / 16 * on_host.state.made
+    gone = 256 * 256 * 2  # an input that comes from the host while the unit before it is recomputed
+    assert on_host.moments["end of backward"] - on_host.moments["backward"] == of_blocks - gone
+    long = plan("--recompute-granularity", "full", "--seq-length", "65536", "--loss-chunk-size", "64")
+    assert long.moments["end of backward"] < long.moments["backward"] == long.peak
+
+
 def test_zero_divides_one_thing_more_with_each_stage():
     peaks = [plan("--zero-stage", str(stage), "--global-batch-size", "32", ranks=16).state for stage in (1, 2, 3)]
     one, two, three = peaks
@@ -105,3 +116,6 @@ def test_one_line_tells_the_peak_and_its_parts():
     line = plan().describe()
     assert line.startswith(" memory: predicted peak ")
     assert "GiB, at the loss (weights " in line
+    assert "host" not in line
+    on_host = plan("--recompute-granularity", "full", "--recompute-inputs-on-host", "--seq-length", "65536")
+    assert on_host.describe().endswith("; on the host 0.12 GiB of pinned memory")  # 4 units x 65536 x 256 x 2 bytes

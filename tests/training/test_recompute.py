@@ -1,19 +1,27 @@
 """From the flags of recompute to the policy of each pipeline stage, and what is told of it."""
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron.config.data import DataConfig
 from megatron.config.errors import ConfigError
 from megatron.config.kernels import KernelsConfig
 from megatron.config.model import ModelConfig
-from megatron.model.recompute_flops import UnitShape
-from megatron.parallel.groups import Group
+from megatron.config.training import TrainingConfig
+from megatron.model.recompute_flops import UnitShape, unit_products
+from megatron.parallel.groups import Group, ParallelGroups
+from megatron.parallel.recompute_products import ProductBudget
 from megatron.training.recompute import (
     GIB,
     attention_in_products,
     build_recompute,
+    counted_keys,
     micro_batches_in_flight,
     unit_budget_bytes,
+    unit_shape,
 )
+from tests.model.tiny import backend_called
 
 MODEL = ModelConfig(num_layers=8, hidden_size=1024, num_attention_heads=16, hidden_dropout=0.0)
 SHAPE = UnitShape(tokens=4096, seq_length=2048)
@@ -122,13 +130,59 @@ def test_it_is_told_when_selective_recompute_has_little_to_save():
     [
         ("sdpa", 0.0, "fused"),
         ("sdpa_flash", 0.0, "fused"),
-        ("sdpa", 0.1, "opaque"),
+        ("sdpa_cudnn", 0.1, "opaque"),
+        ("flash_triton", 0.0, "fused"),
+        ("flash_triton", 0.1, "fused"),
         ("unfused", 0.1, "written out"),
         ("flash_v2", 0.0, "opaque"),
     ],
 )
-def test_torchs_kernels_without_dropout_are_among_the_products_that_may_be_kept(backend, dropout, seen):
-    assert attention_in_products(backend, dropout) == seen
+def test_a_backend_says_whether_its_result_is_among_the_products_that_may_be_kept(backend, dropout, seen):
+    assert attention_in_products(backend_called(backend), dropout) == seen
+
+
+@pytest.mark.parametrize(
+    ("backend", "window", "documents", "keys"),
+    [
+        ("sdpa", 0, False, 32),
+        ("sdpa", 16, False, 64),
+        ("sdpa", 64, False, 32),
+        ("sdpa", 0, True, 64),
+        ("flash_triton", 16, True, 14),
+        ("flash_triton", 0, True, 32),
+    ],
+)
+def test_keys_are_counted_as_the_formulas_of_backends_count_them(backend, window, documents, keys):
+    model = ModelConfig(num_layers=1, hidden_size=64, num_attention_heads=4, attention_window=window)
+    data = DataConfig(seq_length=64, reset_attention_mask=documents)
+    assert counted_keys(model, data, backend_called(backend)) == keys
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_window": 128}, {"num_key_value_heads": 4}])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_product_of_flash_triton_that_recompute_sees_is_the_planned_one(changes, dropout):
+    model = ModelConfig(num_layers=1, hidden_size=512, num_attention_heads=8, attention_dropout=dropout, **changes)
+    shape = unit_shape(
+        model,
+        TrainingConfig(micro_batch_size=2),
+        DataConfig(seq_length=1024),
+        ParallelGroups.alone(),
+        backend_called("flash_triton"),
+        2,
+    )
+    (planned,) = [product for product in unit_products(model, shape, 1).values() if product.result == "attention"]
+    seen = []
+    budget = ProductBudget(0)
+    budget.choose = lambda products, total: seen.extend(products.values()) or {}
+    with FakeTensorMode(), budget.contexts()[0]:
+        query = torch.empty(1024, 2, 8, 64, dtype=torch.bfloat16)
+        key = torch.empty(1024, 2, model.num_key_value_heads, 64, dtype=torch.bfloat16)
+        backend_called("flash_triton").attend(
+            query, key, key, scale=0.125, causal=True, dropout=dropout, window=model.attention_window
+        )
+    (product,) = seen
+    assert product.num_bytes == planned.num_bytes
+    assert product.flops == pytest.approx(planned.flops, rel=0.01)  # the diagonal is counted whole
 
 
 def test_inputs_are_counted_as_a_rank_holds_them():
@@ -137,6 +191,16 @@ def test_inputs_are_counted_as_a_rank_holds_them():
     assert build(recompute_granularity="full", distribute_saved_activations=True).input_bytes == INPUT_BYTES // 2
     fp32 = ModelConfig(num_layers=8, hidden_size=1024, num_attention_heads=16, fp32_residual_connection=True)
     assert build(model=fp32).input_bytes == 2 * INPUT_BYTES
+
+
+def test_inputs_on_the_host_are_pinned_for_all_that_wait_at_a_time():
+    on_host = {"recompute_granularity": "full", "recompute_inputs_on_host": True}
+    assert build(**on_host).host_bytes(0) == 8 * INPUT_BYTES
+    odd = UnitShape(tokens=4096 + 1024, seq_length=1024)
+    assert build(shape=odd, **on_host).host_bytes(0) == 8 * 2 * INPUT_BYTES  # the next power of two
+    stages = build((4, 4), **on_host)
+    assert [stages.host_bytes(stage) for stage in (0, 1)] == [4 * 2 * INPUT_BYTES, 4 * INPUT_BYTES]
+    assert build(recompute_granularity="full").host_bytes(0) == 0
 
 
 def test_a_budget_that_holds_no_product_is_refused_with_the_numbers():

@@ -81,6 +81,7 @@ BACKEND = AttentionBackend(
     choose_when="this project's Triton kernels, whose gradients are the same bits every time",
     preference=_preference,
     attend=attend,
+    in_products="fused",  # the seed of dropout is drawn outside of it
     unavailable=unavailable,
     features=ALL_FEATURES - {"mask"},
     dtypes=HALF_DTYPES,

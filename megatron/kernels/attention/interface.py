@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -102,6 +102,12 @@ def always_available() -> str | None:
     return None
 
 
+def no_limits(request: AttentionRequest) -> str | None:
+    """Say nothing: for backends that do alike on every GPU that they run on."""
+    del request
+    return None
+
+
 def prefer(rank: int) -> Callable[[AttentionRequest], int]:
     """Prefer a backend alike for every request."""
     return lambda request: rank
@@ -119,11 +125,16 @@ class AttentionBackend:
     attend: Attend
     unavailable: Callable[[], str | None] = always_available
     """Why this machine cannot run it (a missing package, too old a device), or None."""
+    limits: Callable[[AttentionRequest], str | None] = no_limits
+    """Why the GPU that is here cannot do a request that others can, or None."""
     features: frozenset[str] = ALL_FEATURES
     excludes: tuple[frozenset[str], ...] = ()
     """Features that it has, but not together."""
     dtypes: frozenset[torch.dtype] = ALL_DTYPES
     device_types: frozenset[str] = frozenset({"cpu", "cuda"})
+    in_products: Literal["opaque", "written out", "fused", "fused without dropout"] = "opaque"
+    """How recompute that keeps products sees it: not at all; as two products of torch's; as one of its own, whose FLOPs
+    are registered with torch, always or unless it draws the numbers of dropout itself."""
     max_head_size: int | None = None
     head_size_multiple: int = 1
     dense_document_mask: bool = True
@@ -147,4 +158,4 @@ class AttentionBackend:
             return f"its heads have at most {self.max_head_size} channels, not {request.head_size}"
         if request.head_size % self.head_size_multiple:
             return f"its heads have a multiple of {self.head_size_multiple} channels, not {request.head_size}"
-        return self.unavailable()
+        return self.unavailable() or self.limits(request)

@@ -150,5 +150,6 @@ BACKEND = AttentionBackend(
     choose_when="torch's fused kernels, no s x s weights in memory",
     preference=_preference,
     attend=attend,
+    in_products="fused without dropout",
     features=ALL_FEATURES - {"softcap"},
 )

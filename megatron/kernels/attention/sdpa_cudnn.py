@@ -35,6 +35,7 @@ BACKEND = AttentionBackend(
     choose_when="cuDNN's kernel, the fastest of torch's on Hopper",
     preference=_preference,
     attend=partial(attend_squarely, SDPBackend.CUDNN_ATTENTION),
+    in_products="fused without dropout",
     unavailable=unavailable,
     features=frozenset({"dropout", "gqa", "bidirectional"}),
     dtypes=HALF_DTYPES,

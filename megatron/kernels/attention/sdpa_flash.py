@@ -31,6 +31,7 @@ BACKEND = AttentionBackend(
     choose_when="torch's FlashAttention-2 kernel",
     preference=prefer(30),
     attend=partial(attend_squarely, SDPBackend.FLASH_ATTENTION),
+    in_products="fused without dropout",
     unavailable=unavailable,
     features=frozenset({"dropout", "gqa", "bidirectional"}),
     dtypes=HALF_DTYPES,

@@ -61,6 +61,7 @@ BACKEND = AttentionBackend(
     choose_when="the reference, written out in plain torch",
     preference=prefer(0),
     attend=attend,
+    in_products="written out",
 )
 
 
