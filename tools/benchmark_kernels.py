@@ -3,9 +3,11 @@
 
 For each operation and pass: the median time of a call, the bytes that it must move at the least (every input read
 once, every output written once), this rate, and the rate in percent of what a copy of as many bytes reaches here; for
-the output head TFLOP/s. Then how many times as long the others take, where they are installed, the distance of the
-results from fp64, ||x - exact|| / ||exact||, beside plain torch's own in the same dtype, and the memory that both
-passes take at their peak, beside plain torch's. Attention has a tool of its own, benchmark_attention.py.
+the output head TFLOP/s, and these in percent of a large product's. Then how many times as long the others take, where
+they are installed, the distance of the results from fp64, ||x - exact|| / ||exact||, beside plain torch's own in the
+same dtype, and the memory that both passes take at their peak, beside plain torch's. The last lines name what falls
+short: passes below 85 % of the copy's rate, operations slower than another, results farther from fp64. Attention has a
+tool of its own, benchmark_attention.py.
 
     python tools/benchmark_kernels.py
     python tools/benchmark_kernels.py --operations layer_norm bias_swiglu --rows 8192 65536 --hidden 4096 --json a.json
@@ -26,13 +28,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is 
 import torch
 import torch._functorch.config
 from kernel_operations import FAMILIES
-from kernel_timing import Operation, Times, copy_time, errors, pass_times
+from kernel_timing import Operation, Times, copy_rate, copy_time, errors, matrix_rate, pass_times
 
 from megatron.config.errors import UserError
 from megatron.kernels.build import build_all
 
 OTHERS = ("eager", "compiled", "liger", "apex")
 PASSES = ("forward", "backward", "both")
+LEAST_OF_COPY = 0.85
+"""What a pass that moves memory should reach of the copy's rate."""
+SPREAD = 1.02
+"""Times of two runs differ by so much without a reason."""
+LEEWAY = 1.1
+"""Errors of two roundings to the same type differ by so much, as in tests/kernels/fused.py."""
 
 
 def main() -> None:
@@ -53,6 +61,9 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16; others: their time over the fused one's")
+    rates = {"copy": copy_rate(), "matrix": matrix_rate()}
+    copies, products = rates["copy"] / 1e12, rates["matrix"] / 1e12
+    print(f"this card: copies {copies:.2f} TB/s, read and written; products {products:.0f} TFLOP/s")
     columns = "".join(f"{name:>9}" for name in OTHERS)
     print(
         f"{'operation':16} {'size':>15} {'pass':8} {'us':>8} {'MB':>7} {'GB/s':>6} {'of copy':>7}{columns} "
@@ -64,10 +75,12 @@ def main() -> None:
         started = time.monotonic()
         records.append(measure(operation, compiled=budget > 0))
         budget -= time.monotonic() - started
-        print("\n".join(lines(records[-1])), flush=True)
+        print("\n".join(lines(records[-1], rates["matrix"])), flush=True)
         torch.cuda.empty_cache()
+    short = [line for record in records for line in shortfalls(record)]
+    print("\n".join(["short of what is asked:", *short] if short else ["nothing falls short"]))
     if options.json is not None:
-        about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bf16"}
+        about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bf16", "rates": rates}
         options.json.write_text(json.dumps({**about, "operations": records}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -112,8 +125,8 @@ def measure(operation: Operation, *, compiled: bool) -> dict[str, Any]:
     }
 
 
-def lines(record: dict[str, Any]) -> Iterator[str]:
-    """Write one operation's rows of the table."""
+def lines(record: dict[str, Any], matrix: float) -> Iterator[str]:
+    """Write one operation's rows of the table; `matrix` is the card's rate of products."""
     seconds, copies = record["seconds"], record["copy_seconds"]
     copies = {**copies, "both": copies["forward"] + copies["backward"]}
     for which in PASSES:
@@ -124,12 +137,28 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
         if not record["flops"]:
             line += f"{num_bytes / 1e6:7.1f} {num_bytes / own / 1e9:6.0f} {100 * copies[which] / own:6.1f}%"
         elif which == "both":
-            line += f"{record['flops'] / own / 1e12:9.0f} TFLOP/s    "
+            rate = record["flops"] / own
+            line += f"{rate / 1e12:5.0f} TFLOP/s {100 * rate / matrix:7.1f}%"
         else:
             line += " " * 22
         yield line + ratios + (summary(record) if which == "both" else "")
     for name, failure in record["failures"].items():
         yield f"# {name}: {failure[:120]}"
+
+
+def shortfalls(record: dict[str, Any]) -> Iterator[str]:
+    """Say where an operation falls short of the copy, of another implementation or of plain torch's exactness."""
+    name, seconds = f"{record['name']} {record['size']}", record["seconds"]
+    for which in PASSES[:2]:
+        share = record["copy_seconds"][which] / seconds["fused"][which]
+        if not record["flops"] and share < LEAST_OF_COPY:
+            yield f"  {name} {which}: {100 * share:.1f} % of the copy's rate"
+    # Of both passes: some do backward's work in forward.
+    for other, found in seconds.items():
+        if found["both"] * SPREAD < seconds["fused"]["both"]:
+            yield f"  {name}: {other} takes {found['both'] / seconds['fused']['both']:.2f} of its time"
+    if record["errors"] is not None and record["errors"][0] > LEEWAY * record["errors"][1]:
+        yield f"  {name}: {record['errors'][0]:.1e} from fp64, plain torch {record['errors'][1]:.1e}"
 
 
 def summary(record: dict[str, Any]) -> str:

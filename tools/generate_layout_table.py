@@ -55,6 +55,7 @@ FEATURES: dict[str, Flags] = {
     },
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16"},
+    "fp8": {"precision": "bf16", "fp8": None},
     "document masks": {"reset_attention_mask": None},
     "dropout": {"hidden_dropout": "0.1", "attention_dropout": "0.1"},
 }

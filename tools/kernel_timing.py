@@ -85,6 +85,20 @@ def copy_time(num_bytes: float) -> float:
     return gpu_time(calls)[0]
 
 
+def copy_rate() -> float:
+    """Bytes a second that a copy of tensors too large for any cache reads and writes together."""
+    num_bytes = 2.0**31
+    return num_bytes / copy_time(num_bytes)
+
+
+def matrix_rate() -> float:
+    """Operations a second of a large product in bf16."""
+    size = 8192
+    left, right = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
+    calls = [functools.partial(torch.mm, left, right)] * 5
+    return 2.0 * size**3 / gpu_time(calls)[0]
+
+
 def number_of_sets(num_bytes: float) -> int:
     """Tensors of so many bytes to go round."""
     return max(3, min(24, int(ROTATE_OVER_BYTES // num_bytes) + 1))

@@ -48,6 +48,16 @@ class KernelsConfig:
         help="tokens whose logits exist at a time: the output head and the loss are computed as one, a chunk after the "
         "other; 0: all logits at once",
     )
+    fp8: bool = flag(
+        False,
+        help="compute the matrix products of the blocks in 8 bits, a scale for each matrix; weights, activations and "
+        "gradients between them stay bf16, and so do attention, norms, embedding and output head",
+    )
+    fp8_format: str | None = flag(
+        None,
+        choices=("hybrid", "e4m3"),
+        help="of gradients under --fp8: hybrid, E5M2, or e4m3, like inputs and weights (default: hybrid)",
+    )
     mlp_chunk_size: int = flag(
         0,
         range=NOT_NEGATIVE,

@@ -175,7 +175,8 @@ _IGNORED = (
 _NOT_YET = "this version does not have it; "
 _NO_EXPERTS = "mixture of experts: " + _NOT_YET + "train a dense model (drop the flag, or --num-experts 1)"
 _NO_KD = "knowledge distillation: " + _NOT_YET + "train the student on its own"
-_NO_FP8 = "Transformer Engine and fp8: " + _NOT_YET + "use --precision bf16"
+_NO_ENGINE = "products in 8 bits need no Transformer Engine: write --fp8"
+_NO_HISTORY = "the scales of --fp8 are those of each matrix itself, without a history: drop the flag"
 _NO_PIPELINE_SCHEDULE = "pipeline schedules: " + _NOT_YET + "drop the flag"
 _NO_FPDT = "Ulysses FPDT: " + _NOT_YET + "drop the flag, and use --recompute-granularity full for long sequences"
 _NO_PROFILER = "profiling: " + _NOT_YET + "run it under `nsys profile` or py-spy"
@@ -206,13 +207,12 @@ _REFUSED = (
         num-layers-per-virtual-pipeline-stage=""",
     ),
     _refused("FSDP is not offered: use --zero-stage 3, which shards the same", "ddp-impl=", off=("local", "torch")),
-    _refused(_NO_FP8, "transformer-impl=", off=("local",)),
-    _refused(
-        _NO_FP8,
-        """
-        fp8-e4m3 fp8-hybrid no-fp8-wgrad fp8-format= fp8-margin= fp8-interval= fp8-amax-history-len=
-        fp8-amax-compute-algo=""",
-    ),
+    _refused(_NO_ENGINE, "transformer-impl=", off=("local",)),
+    _refused("write --fp8 --fp8-format e4m3", "fp8-e4m3"),
+    _refused("write --fp8, whose format is hybrid", "fp8-hybrid"),
+    _refused("--fp8 computes all three products of a layer in 8 bits: drop one of the flags", "no-fp8-wgrad"),
+    _refused(_NO_HISTORY, "fp8-margin= fp8-interval= fp8-amax-history-len= fp8-amax-compute-algo="),
+    _refused(_NO_HISTORY, "fp8-recipe=", off=("tensorwise",)),
     _refused("norms stand before attention and MLP here: drop the flag", "apply-residual-connection-post-layernorm"),
     _refused(
         "the embedding has the precision of the model: try --fp32-residual-connection", "embedding-weights-in-fp32"

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron.config import (
     data_rules,
+    fp8_rules,
     layout_rules,
     model_rules,
     output_rules,
@@ -30,7 +31,16 @@ __all__ = ["ConfigError", "broken_rules", "check_rules", "rules"]
 
 Rule = Callable[..., Iterator[str]]
 
-RULE_MODULES = (model_rules, layout_rules, recompute_rules, training_rules, schedule_rules, data_rules, output_rules)
+RULE_MODULES = (
+    model_rules,
+    layout_rules,
+    fp8_rules,
+    recompute_rules,
+    training_rules,
+    schedule_rules,
+    data_rules,
+    output_rules,
+)
 
 
 def check_rules(config: RunConfig, world_size: int | None = None) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from megatron.config.data import DataConfig
 from megatron.config.deepspeed_json import FLAG_PATHS
 from megatron.config.engine import EngineConfig
+from megatron.config.fp8_rules import MULTIPLE
 from megatron.config.kernels import KernelsConfig
 from megatron.config.model import ModelConfig
 from megatron.config.optimizer import OptimizerConfig
@@ -66,7 +67,8 @@ def scale_down(config: RunConfig, *, data_size: int, steps: int, data_prefix: st
     """
     unit = min(config.kernels.recompute_num_layers, 2)
     parallel = _small_parallel(config.parallel, unit)
-    model = _small_model(config.model, parallel, config.data.seq_length)
+    multiple = MULTIPLE if config.kernels.fp8 else 1
+    model = _small_model(config.model, parallel, config.data.seq_length, multiple)
     return replace(
         config,
         model=replace(model, num_layers=_small_depth(config.model, parallel, unit)),
@@ -96,12 +98,22 @@ def on_one_rank(config: RunConfig, *, precision: str) -> RunConfig:
 
 
 def in_precision(config: RunConfig, precision: str) -> RunConfig:
-    """Give the same training in another precision; in fp32 with the attention backend that suits it."""
-    if precision == config.training.precision:
+    """Give the same training in another precision; in fp32 with the attention backend that suits it.
+
+    "fp8" is that of a run with --fp8.
+    """
+    if precision == precision_of(config):
         return config
-    kernels = replace(config.kernels, attention_backend="auto") if precision == "fp32" else config.kernels
+    kernels = replace(config.kernels, fp8=False, fp8_format=None)
+    if precision == "fp32":
+        kernels = replace(kernels, attention_backend="auto")
     training = replace(config.training, precision=precision, loss_scale=None if precision == "fp32" else 256.0)
     return replace(config, training=training, kernels=kernels)
+
+
+def precision_of(config: RunConfig) -> str:
+    """Name what decides about rounding: that of the products where they have one of their own."""
+    return "fp8" if config.kernels.fp8 else config.training.precision
 
 
 def showing_gradients(config: RunConfig) -> RunConfig:
@@ -182,13 +194,16 @@ def _small_parallel(parallel: ParallelConfig, unit: int) -> ParallelConfig:
     )
 
 
-def _small_model(model: ModelConfig, parallel: ParallelConfig, seq_length: int) -> ModelConfig:
+def _small_model(model: ModelConfig, parallel: ParallelConfig, seq_length: int, multiple: int) -> ModelConfig:
+    """Give a rank's part of each weight multiples of `multiple` features."""
     tensor = parallel.tensor_model_parallel_size
     heads, key_value_heads = _small_heads(model, parallel)
-    head_size = _small_head_size(model, tensor)
+    head_size = _small_head_size(model, tensor, multiple)
     attended = heads * head_size
     ratio = model.hidden_size / (model.num_attention_heads * model.kv_channels)
-    hidden = attended if ratio == 1 else max(8 * round(attended * ratio / 8), 16)
+    step = max(multiple, 8)
+    hidden = attended if ratio == 1 else max(step * round(attended * ratio / step), 16)
+    inner = hidden * model.ffn_hidden_size / model.hidden_size / tensor
     _, divisor = small_vocabulary(tensor)
     length = _small_length(parallel)
     longer = model.max_position_embeddings > seq_length
@@ -198,7 +213,7 @@ def _small_model(model: ModelConfig, parallel: ParallelConfig, seq_length: int) 
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
         kv_channels=head_size,
-        ffn_hidden_size=tensor * max(round(hidden * model.ffn_hidden_size / model.hidden_size / tensor), 4),
+        ffn_hidden_size=tensor * multiple * max(round(inner / multiple), 4 // min(multiple, 4)),
         max_position_embeddings=2 * length if longer else length,
         make_vocab_size_divisible_by=divisor,
         attention_window=-(-model.attention_window * length // seq_length),
@@ -225,13 +240,13 @@ def _small_heads(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, int
     return model.num_attention_heads, held
 
 
-def _small_head_size(model: ModelConfig, tensor: int) -> int:
+def _small_head_size(model: ModelConfig, tensor: int, multiple: int) -> int:
     sharers = max(tensor // model.num_key_value_heads, 1)
-    size = 8
+    size = max(8, multiple)
     while size < model.kv_channels:
         rotated = int(size * model.rotary_percent)
         rotates = model.position_embedding_type != "rope" or (rotated > 0 and rotated % 2 == 0)
-        if rotates and 2 * size % sharers == 0:
+        if rotates and 2 * size % (sharers * multiple) == 0:
             return size
         size *= 2
     return model.kv_channels

@@ -12,6 +12,7 @@ from megatron.kernels.activation import ACTIVATIONS, FUSED_ACTIVATIONS, Activati
 from megatron.kernels.build import KernelBuildError, load_kernels
 from megatron.kernels.cross_entropy import FusedSoftmax
 from megatron.kernels.dropout import dropout_add, fused_dropout_add
+from megatron.kernels.fp8_products import choose_fp8
 from megatron.kernels.norm import add_norm, fused_add_norm, fused_norm, fused_stream_norm, norm, stream_norm
 from megatron.kernels.rotary import (
     apply_rotary,
@@ -46,6 +47,13 @@ class Kernels:
     """Of attention that is written out."""
     softmax: FusedSoftmax | None = None
     """Passes over the logits of the cross entropy; None: those in plain torch."""
+    products: Any = None
+    """The blocks' matrix products, a `megatron.parallel.products.Products`; None: torch's own."""
+
+    @property
+    def are_fused(self) -> bool:
+        """Whether operations between the products are."""
+        return self != replace(PLAIN, products=self.products)
 
 
 PLAIN = Kernels()
@@ -65,7 +73,19 @@ def choose_kernels(config: KernelsConfig, device_type: str) -> tuple[Kernels, st
     """Return the implementations for a run and the reason for them, half a sentence to print at start.
 
     On a GPU the kernels are compiled now if this host never did.
+
+    Raises:
+        ConfigError: the GPU cannot do what the flags say.
     """
+    kernels, reason = _choose_fused(config, device_type)
+    if not config.fp8:
+        return kernels, reason
+    products, said = choose_fp8(config, device_type)
+    return replace(kernels, products=products), f"{reason}; {said}"
+
+
+def _choose_fused(config: KernelsConfig, device_type: str) -> tuple[Kernels, str]:
+    """Return what is computed between the products, and why by these."""
     if device_type != "cuda":
         return PLAIN, f"plain torch, on {device_type}"
     unwanted = _unwanted(config)

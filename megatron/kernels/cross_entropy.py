@@ -30,10 +30,10 @@ class FusedSoftmax:
         return highest, exp_sum, label_logit
 
     def gradient(
-        self, rows_nv: Tensor, columns_n: Tensor, log_sum_n: Tensor, scale_n: Tensor, num_tokens: int
+        self, rows_nv: Tensor, columns_n: Tensor, log_sum_2n: Tensor, scale_n: Tensor, num_tokens: int
     ) -> Tensor:
         """Overwrite the logits with scale (exp(logit - log_sum) - [column is the label's]) and return them."""
-        _gradient(rows_nv, columns_n, log_sum_n, scale_n, num_tokens)
+        _gradient(rows_nv, columns_n, log_sum_2n, scale_n, num_tokens)
         return rows_nv
 
 
@@ -87,7 +87,8 @@ def _statistics_cpu(rows: Tensor, columns: Tensor, num_tokens: int) -> Tensor:
 
 
 def _gradient_cpu(rows: Tensor, columns: Tensor, log_sum: Tensor, scale: Tensor, num_tokens: int) -> None:
-    softmax = (rows[:, :num_tokens].float() - log_sum.unsqueeze(1)).exp()
+    highest, log_exp_sum = log_sum.unsqueeze(-1)
+    softmax = (rows[:, :num_tokens].float() - highest - log_exp_sum).exp()
     is_label = torch.arange(num_tokens, device=rows.device) == columns.unsqueeze(1)
     rows[:, :num_tokens] = (scale.unsqueeze(1) * (softmax - is_label.float())).to(rows.dtype)
     rows[:, num_tokens:] = 0.0

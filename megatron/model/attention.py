@@ -36,7 +36,7 @@ class Attention(nn.Module):
         attend: computes softmax(query key^T) value, whether or not sequences are divided over ranks.
         rotary: rotates queries and keys by position, or nothing.
         sequence_parallel: whether the hidden states are this rank's shard of the sequence.
-        kernels: what computes the norms of query and key, and cuts their product.
+        kernels: what computes the products and the norms of query and key, and cuts their product.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Attention(nn.Module):
             bias=config.add_qkv_bias,
             group=group,
             sequence_parallel=sequence_parallel,
+            products=kernels.products,
         )
         self.query_norm = Norm(config, self.head_size, shards=group, kernels=kernels) if config.qk_layernorm else None
         self.key_norm = Norm(config, self.head_size, shards=group, kernels=kernels) if config.qk_layernorm else None
@@ -79,6 +80,7 @@ class Attention(nn.Module):
             group=group,
             init="scaled_normal",
             sequence_parallel=sequence_parallel,
+            products=kernels.products,
         )
 
     def forward(self, hidden: Tensor, context: Context, *, with_bias: bool = True) -> Tensor:

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from megatron.config.model import ModelConfig
 from megatron.model.recompute_flops import UnitShape
 
-SCALING_BYTES = 2**28
-"""Of the parts in which a chunked loss scales its gradients: fp32, twice (`linear_cross_entropy.PART_ELEMENTS`)."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class BlockMemory:
@@ -31,7 +28,9 @@ class BlockMemory:
     working: int
 
 
-def block_memory(config: ModelConfig, shape: UnitShape, *, sequence_parallel: bool, fused: bool) -> BlockMemory:
+def block_memory(
+    config: ModelConfig, shape: UnitShape, *, sequence_parallel: bool, fused: bool, fp8: bool = False
+) -> BlockMemory:
     """Count a block's activations.
 
     Args:
@@ -39,32 +38,36 @@ def block_memory(config: ModelConfig, shape: UnitShape, *, sequence_parallel: bo
         shape: of a rank's micro-batch.
         sequence_parallel: whether hidden states between the products are shards.
         fused: whether the fused kernels run, which keep less than plain torch does.
+        fp8: whether the products keep their inputs in 8 bits, but for shards that backward gathers once more.
     """
     rows, tensor, itemsize = shape.tokens, shape.tensor_size, shape.itemsize
     shards = tensor if sequence_parallel else 1
     stream_item = 4 if config.fp32_residual_connection else itemsize
     hidden, halves = config.hidden_size, 2 if config.gated else 1
     statistics = 8 if config.normalization == "layernorm" else 4
-    norm = (stream_item + itemsize) * hidden + statistics
+    operand = 1 if fp8 else itemsize
+    norm = (stream_item + (operand if shards == 1 else itemsize)) * hidden + statistics
     masks = 2 * hidden if config.hidden_dropout and not fused else 0
     whole = (2 * norm + masks) / shards
     mlp = (2 * halves if config.gated and not fused else halves + 1) * config.ffn_hidden_size
-    mlp = 0 if shape.mlp_chunk else mlp
-    divided = (_attention_bytes(config, shape, fused) + itemsize * mlp) / tensor
+    mlp_bytes = 0 if shape.mlp_chunk else itemsize * mlp - (itemsize - operand) * config.ffn_hidden_size
+    attended = fp8 * config.num_attention_heads * config.kv_channels  # attention keeps its result in the other form
+    divided = (_attention_bytes(config, shape, fused) + attended + mlp_bytes) / tensor
     return BlockMemory(
         kept=round(rows * (whole + divided)),
         stream=round(rows * stream_item * hidden / shards),
-        working=round(_working_bytes(config, shape, rows * stream_item * hidden / shards)),
+        working=round(_working_bytes(config, shape, rows * stream_item * hidden / shards, fp8=fp8)),
     )
 
 
-def _working_bytes(config: ModelConfig, shape: UnitShape, stream: float) -> float:
+def _working_bytes(config: ModelConfig, shape: UnitShape, stream: float, *, fp8: bool) -> float:
     """Count what backward of a block adds at most: in its MLP, or where that is in chunks, in either half."""
     itemsize, hidden, tensor = shape.itemsize, config.hidden_size, shape.tensor_size
     gathered = 2 * itemsize * hidden  # a product's whole input, and its gradient
-    widths = ((2 if config.gated else 1) + 1) * config.ffn_hidden_size / tensor
+    halves, inner = 2 if config.gated else 1, config.ffn_hidden_size / tensor
+    widths = (halves + 1) * inner
     if not shape.mlp_chunk:
-        return shape.tokens * (itemsize * widths + gathered) + stream
+        return shape.tokens * (itemsize * widths + fp8 * 2 * halves * inner + gathered) + stream
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.kv_channels / tensor
     attention = shape.tokens * (2 * itemsize * heads + gathered) + stream  # the gradients of heads, apart and joined
     # The inside of a chunk and its gradients, and the sums of the weights' in fp32 beside what they are rounded to.
@@ -131,7 +134,7 @@ def head_memory(
         return norm + rows * columns * logit_bytes + gathered + rows * itemsize * hidden + itemsize * weight
     chunk = min(chunk_size, rows)
     forward = shard + 4 * weight + chunk * (columns * logit_bytes + 2 * itemsize * hidden)
-    scaling = 2 * shard + (4 + itemsize) * weight + min(SCALING_BYTES, 8 * weight)
+    scaling = 2 * shard + (4 + itemsize) * weight
     return norm + max(forward, scaling)
 
 

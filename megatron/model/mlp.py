@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from megatron.config.model import ModelConfig
@@ -28,18 +30,15 @@ class MLP(nn.Module):
         kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
+        shared: dict[str, Any] = {"group": group, "sequence_parallel": sequence_parallel, "products": kernels.products}
         hidden, inner, bias = config.hidden_size, config.ffn_hidden_size, config.add_bias_linear
         self.activation = kernels.activations[config.activation_function]
         self.activation_adds_bias = kernels.adds_bias
         chunks = SequenceChunks(group=group, size=chunk_size, sequence_parallel=sequence_parallel)
         self.chunks = chunks if chunk_size else None
         blocks = 2 if config.gated else 1
-        self.up = ColumnParallelLinear(
-            hidden, blocks * inner, bias=bias, group=group, blocks=blocks, sequence_parallel=sequence_parallel
-        )
-        self.down = RowParallelLinear(
-            inner, hidden, bias=bias, group=group, init="scaled_normal", sequence_parallel=sequence_parallel
-        )
+        self.up = ColumnParallelLinear(hidden, blocks * inner, bias=bias, blocks=blocks, **shared)
+        self.down = RowParallelLinear(inner, hidden, bias=bias, init="scaled_normal", **shared)
 
     def forward(self, hidden: Tensor, *, with_bias: bool = True) -> Tensor:
         """[s, b, h] to [s, b, h]; shards [s/t, b, h] to such with sequence parallelism.

@@ -45,11 +45,15 @@ class Pending(NamedTuple):
 
 def start_all_reduce(tensor: Tensor, group: Group) -> Pending:
     """Start to sum `tensor` over the group, in place; give it a contiguous tensor that nobody else reads."""
+    if group.size == 1:
+        return Pending(tensor, None)
     return Pending(tensor, dist.all_reduce(tensor, group=group.handle, async_op=True))
 
 
 def start_all_gather(shard: Tensor, group: Group) -> Pending:
     """Start to concatenate the shards of all ranks along dim 0."""
+    if group.size == 1:
+        return Pending(shard, None)
     shard = shard.contiguous()
     whole = shard.new_empty(group.size * shard.shape[0], *shard.shape[1:])
     return Pending(whole, _all_gather(whole, shard, group=group.handle, async_op=True))
@@ -57,6 +61,8 @@ def start_all_gather(shard: Tensor, group: Group) -> Pending:
 
 def start_reduce_scatter(summand: Tensor, group: Group) -> Pending:
     """Start to sum `summand` over the group; each rank gets its slice of the sum along dim 0."""
+    if group.size == 1:
+        return Pending(summand, None)
     summand = summand.contiguous()
     shard = summand.new_empty(_slice_length(summand, 0, group), *summand.shape[1:])
     return Pending(shard, _reduce_scatter(shard, summand, group=group.handle, async_op=True))

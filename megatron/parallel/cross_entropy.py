@@ -36,7 +36,25 @@ class ShardedSoftmax(Protocol):
         """
 
     def gradient(self, rows: Tensor, columns: Tensor, log_sum: Tensor, scale: Tensor, num_tokens: int) -> Tensor:
-        """Return scale (exp(logit - log_sum) - [column is the label's]), zero in padding; it may overwrite `rows`."""
+        """Return scale (exp(logit - log_sum) - [column is the label's]), zero in padding; it may overwrite `rows`.
+
+        `log_sum` is that of `token_losses`, [2, n], scale [n].
+        """
+
+
+def token_losses(highest: Tensor, exp_sum: Tensor, label_logit: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss of each token, and the log of its softmax's denominator in two parts that are to be added.
+
+    The parts stay apart, highest logit and the rest [2, n]: their sum has only the digits that a large logit leaves it,
+    and the loss of a token that is nearly certain would be lost in it.
+
+    Args:
+        highest: highest logit of each token, fp32 [n].
+        exp_sum: sum of exp(logit - highest), fp32 [n].
+        label_logit: fp32 [n].
+    """
+    log_exp_sum = exp_sum.log()
+    return log_exp_sum + (highest - label_logit), torch.stack([highest, log_exp_sum])
 
 
 def vocab_parallel_cross_entropy(
@@ -45,7 +63,7 @@ def vocab_parallel_cross_entropy(
     """Negative log-likelihood of each label: log(sum over j < vocab_size of exp(logit_j)) - logit_label.
 
     Computed in fp32 whatever the dtype of the logits. Between forward and backward only the logits are kept, in their
-    dtype, and one number a token: backward computes the softmax again. The fp32 temporaries hold `CHUNK_ELEMENTS`.
+    dtype, and two numbers a token: backward computes the softmax again. The fp32 temporaries hold `CHUNK_ELEMENTS`.
 
     Args:
         logits: this rank's columns [s, b, v/t].
@@ -89,11 +107,11 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group.handle)
             exp_sum = exp_sum * (own_highest - highest).exp()
         exp_sum, label_logit = reduce_from_group(torch.stack([exp_sum, label_logit]), group)
-        log_sum = highest + exp_sum.log()
+        loss, log_sum = token_losses(highest, exp_sum, label_logit)
 
         ctx.save_for_backward(logits, columns, log_sum)
         ctx.num_tokens, ctx.softmax = num_tokens, softmax
-        return (log_sum - label_logit).view_as(labels_sb)
+        return loss.view_as(labels_sb)
 
     @staticmethod
     @once_differentiable
@@ -132,7 +150,7 @@ class PlainSoftmax:
         is_here, columns = _here(columns, num_tokens)
         minus_label = -is_here.float().unsqueeze(1)
         for chunk in _chunks(rows):
-            softmax = _exp_shifted(rows[chunk, :num_tokens], log_sum[chunk])
+            softmax = _exp_shifted(rows[chunk, :num_tokens], *log_sum[:, chunk])
             softmax.scatter_add_(1, columns[chunk].unsqueeze(1), minus_label[chunk])
             torch.mul(softmax, scale[chunk].unsqueeze(1), out=grad[chunk, :num_tokens])  # casts as it writes
             del softmax  # else it lives while the next one is made
@@ -145,9 +163,12 @@ def _here(columns: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     return is_here, columns.masked_fill(~is_here, 0)
 
 
-def _exp_shifted(rows: Tensor, shift: Tensor) -> Tensor:
-    """exp(rows - shift) in fp32 with a single temporary: the difference has the dtype of `shift`."""
-    return (rows - shift.unsqueeze(1)).exp_()
+def _exp_shifted(rows: Tensor, shift: Tensor, further: Tensor | None = None) -> Tensor:
+    """exp(rows - shift - further) in fp32 with a single temporary: the difference has the dtype of `shift`."""
+    shifted = rows - shift.unsqueeze(1)
+    if further is not None:
+        shifted.sub_(further.unsqueeze(1))
+    return shifted.exp_()
 
 
 def _chunks(rows: Tensor) -> Iterator[slice]:

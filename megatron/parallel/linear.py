@@ -11,7 +11,7 @@ Legend: s sequence, b micro-batch, t ranks of the group. Without sequence parall
 | column | [out/t, in] | [s/t, b, in]   | [s, b, out/t]  |
 | row    | [out, in/t] | [s, b, in/t]   | [s/t, b, out]  |
 
-The column-parallel product of queries, keys and values is in `qkv.py`.
+The column-parallel product of queries, keys and values is in `qkv.py`; `products.py` says what multiplies.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from megatron.parallel.collectives import (
     sum_gradient,
 )
 from megatron.parallel.groups import Group
+from megatron.parallel.products import PLAIN, Operand, Products
 from megatron.parallel.sharding import InitKind, divide, mark_init, mark_sharded
 
 
@@ -49,6 +50,7 @@ class ColumnParallelLinear(nn.Module):
             is [block 0's part; block 1's part; ...]: 2 for the fused gate and up of a gated MLP.
         padding: how many output features at the end are padding, of a padded vocabulary.
         sequence_parallel: whether the input is this rank's shard of the sequence.
+        products: what multiplies; None: torch's own products.
 
     Raises:
         ConfigError: the ranks do not divide a block.
@@ -65,11 +67,13 @@ class ColumnParallelLinear(nn.Module):
         blocks: int = 1,
         padding: int = 0,
         sequence_parallel: bool = False,
+        products: Products | None = None,
     ) -> None:
         super().__init__()
         local = blocks * divide(out_features // blocks, group, "output features")
         self.group = group
         self.sequence_parallel = sequence_parallel
+        self.products = products or PLAIN
         self.weight = nn.Parameter(torch.empty(local, in_features))
         equal_blocks = (1,) * blocks
         mark_sharded(self.weight, 0, group, (out_features, in_features), blocks=equal_blocks, padding=padding)
@@ -86,7 +90,12 @@ class ColumnParallelLinear(nn.Module):
     def product(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         """Do as `forward`, with this bias, or none for a caller that adds it later."""
         return column_parallel_product(
-            input, self.weight, bias, group=self.group, sequence_parallel=self.sequence_parallel
+            input,
+            self.weight,
+            bias,
+            group=self.group,
+            sequence_parallel=self.sequence_parallel,
+            products=self.products,
         )
 
 
@@ -102,6 +111,7 @@ class RowParallelLinear(nn.Module):
         group: the tensor group.
         init: how the weight starts.
         sequence_parallel: whether the output is this rank's shard of the sequence.
+        products: what multiplies; None: torch's own products.
 
     Raises:
         ConfigError: the ranks do not divide the input features.
@@ -116,10 +126,12 @@ class RowParallelLinear(nn.Module):
         group: Group,
         init: InitKind = "normal",
         sequence_parallel: bool = False,
+        products: Products | None = None,
     ) -> None:
         super().__init__()
         self.group = group
         self.sequence_parallel = sequence_parallel
+        self.products = products or PLAIN
         self.weight = nn.Parameter(torch.empty(out_features, divide(in_features, group, "input features")))
         mark_sharded(self.weight, 1, group, (out_features, in_features))
         mark_init(self.weight, init)
@@ -130,13 +142,13 @@ class RowParallelLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return [s, b, out], or [s/t, b, out] with sequence parallelism, for an input of [s, b, in/t]."""
         if self.group.size == 1:
-            return F.linear(input, self.weight, self.bias)
+            return linear(input, self.weight, self.bias, products=self.products)
         output, bias = self.product(input), self.own_bias
         return output if bias is None else output + bias
 
     def product(self, input: Tensor) -> Tensor:
         """Do as `forward`, without the bias, for a caller that adds `own_bias` later."""
-        summand = F.linear(input, self.weight)
+        summand = linear(input, self.weight, products=self.products)
         reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from_group
         return reduce(summand, self.group)
 
@@ -146,6 +158,13 @@ class RowParallelLinear(nn.Module):
         return sum_gradient(self.bias, self.group) if self.bias is not None and self.sequence_parallel else self.bias
 
 
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, products: Products = PLAIN) -> Tensor:
+    """Multiply by a weight that this rank has for itself: [..., in] to [..., out]."""
+    if products is PLAIN:
+        return F.linear(input, weight, bias)
+    return column_parallel_product(input, weight, bias, group=Group.alone(), products=products)
+
+
 def column_parallel_product(
     input: Tensor,
     weight: Tensor,
@@ -153,6 +172,7 @@ def column_parallel_product(
     *,
     group: Group,
     sequence_parallel: bool = False,
+    products: Products = PLAIN,
 ) -> Tensor:
     """Multiply by a weight whose rows are divided over the group, e.g. the tied embedding as the output head.
 
@@ -162,13 +182,15 @@ def column_parallel_product(
         bias: this rank's part, [out/t].
         group: the ranks that share the rows.
         sequence_parallel: whether the input is a shard of the sequence.
+        products: what multiplies.
 
     Returns:
         [s, b, out/t].
     """
-    if group.size == 1:
+    if group.size == 1 and products is PLAIN:
         return F.linear(input, weight, bias)
-    return _ColumnProduct.apply(input, weight, bias, group, sequence_parallel)
+    keeps = torch.is_grad_enabled()
+    return _ColumnProduct.apply(input, weight, bias, group, sequence_parallel and group.size > 1, products, keeps)
 
 
 class _ColumnProduct(torch.autograd.Function):
@@ -176,28 +198,43 @@ class _ColumnProduct(torch.autograd.Function):
 
     Written apart, autograd would keep the gathered input for the weight's gradient, t times the shard, and would wait
     for the collective of the input's gradient before it starts on the weight's. Here the shard is kept and gathered
-    again in backward, and both collectives of backward run beside a product.
+    again in backward, and both collectives of backward run beside a product. An input that is not gathered is kept in
+    the form that the weight's gradient takes. The weight is kept as it is: its owner may put it away meanwhile.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence_parallel: bool
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        group: Group,
+        gathers: bool,
+        products: Products,
+        keeps: bool,
     ) -> Tensor:
-        ctx.save_for_backward(input, weight)
-        ctx.group, ctx.sequence_parallel = group, sequence_parallel
-        whole = start_all_gather(input, group).wait() if sequence_parallel else input
-        return F.linear(whole, weight, bias)
+        ctx.group, ctx.gathers, ctx.products = group, gathers, products
+        whole = start_all_gather(input, group).wait() if gathers else input
+        for_weight = keeps and not gathers and ctx.needs_input_grad[1]
+        operand = products.of_input(whole.flatten(0, -2), for_weight=for_weight)
+        kept: Operand = (input,) if gathers else products.keep(operand)
+        ctx.save_for_backward(weight, *kept)
+        output = products.output(operand, products.of_weight(weight, for_input=False), bias)
+        return output.view(*whole.shape[:-1], output.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        input, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None, None]:
+        weight, *kept = ctx.saved_tensors
+        products: Products = ctx.products
         _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        gathering = start_all_gather(input, ctx.group) if ctx.sequence_parallel and needs_weight else None
-        grad_whole = grad @ weight
-        whole = gathering.wait() if gathering else input
-        reduce = start_reduce_scatter if ctx.sequence_parallel else start_all_reduce
-        reducing = reduce(grad_whole, ctx.group)
-        grad_rows = grad.flatten(0, -2)
-        grad_weight = grad_rows.t() @ whole.flatten(0, -2) if needs_weight else None
-        grad_bias = grad_rows.sum(dim=0) if needs_bias else None
-        return reducing.wait(), grad_weight, grad_bias, None, None
+        gathering = start_all_gather(kept[0], ctx.group) if ctx.gathers and needs_weight else None
+        operand, grad_bias = products.of_gradient(grad.flatten(0, -2), for_weight=needs_weight, sums=needs_bias)
+        grad_rows = products.input_gradient(operand, products.of_weight(weight, for_output=False))
+        whole = gathering.wait().flatten(0, -2) if gathering else None
+        reduce = start_reduce_scatter if ctx.gathers else start_all_reduce
+        reducing = reduce(grad_rows.view(*grad.shape[:-1], grad_rows.shape[-1]), ctx.group)
+        grad_weight = None
+        if needs_weight:
+            input: Operand = tuple(kept) if whole is None else products.of_input(whole, for_output=False)
+            grad_weight = products.weight_gradient(operand, input)
+        return reducing.wait(), grad_weight, grad_bias, None, None, None, None

@@ -19,14 +19,12 @@ from torch.autograd.function import once_differentiable
 
 from megatron.parallel.chunks import Arrivals, SequenceChunks, add_product
 from megatron.parallel.collectives import start_all_gather
-from megatron.parallel.cross_entropy import PlainSoftmax, ShardedSoftmax
+from megatron.parallel.cross_entropy import PlainSoftmax, ShardedSoftmax, token_losses
 from megatron.parallel.groups import Group
 
 FP16_LIFT = 256.0
 """Factor on unit gradients in fp16. They are made before the loss scale is known; without it those of unlikely tokens,
 1e-5 and less, would be rounded away. Products of them stay finite for weights up to 127."""
-PART_ELEMENTS = 2**25
-"""Of a gradient that is scaled in fp32 at a time: 128 MiB, enough work to hide what a launch costs."""
 
 
 def linear_cross_entropy(
@@ -86,15 +84,14 @@ class _Job:
         return of_sequence_sb.unflatten(0, (shards, of_sequence_sb.shape[0] // shards))[:, chunk].flatten()
 
     def losses(self, logits_nv: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each token's loss and the log of its softmax's denominator, fp32 [n], and its column on this rank."""
+        """Return each token's loss [n], the log of its softmax's denominator [2, n], and its column on this rank."""
         group = self.chunks.group
         first = group.rank * logits_nv.shape[1]
         columns = labels_n - first
         statistics = torch.stack(self.softmax.statistics(logits_nv, columns, self.num_tokens(logits_nv)))
         every_3 = start_all_gather(statistics.unsqueeze(0), group).wait() if group.size > 1 else None
         highest, exp_sum, label_logit = statistics if every_3 is None else _join(every_3)
-        log_sum = highest + exp_sum.log()
-        return log_sum - label_logit, log_sum, columns
+        return *token_losses(highest, exp_sum, label_logit), columns
 
     def num_tokens(self, logits_nv: Tensor) -> int:
         """Count this rank's columns that are no padding."""
@@ -152,8 +149,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _scaled(unit: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply in fp32 and round once, in parts, so that no whole fp32 copy exists."""
-    scaled = torch.empty_like(unit, dtype=dtype)
-    for part, out in zip(unit.view(-1).split(PART_ELEMENTS), scaled.view(-1).split(PART_ELEMENTS), strict=True):
-        out.copy_(part.float() * scale)
-    return scaled
+    """Multiply in fp32 and round once, in one pass and without an fp32 copy."""
+    # A scale with a dim takes part in the choice of the type of arithmetic, where a number would be rounded first.
+    return torch.mul(unit, scale.view(1), out=torch.empty_like(unit, dtype=dtype))

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from megatron.config.errors import ConfigError
 from megatron.parallel.groups import Group
 from megatron.parallel.linear import column_parallel_product
+from megatron.parallel.products import PLAIN, Products
 from megatron.parallel.sharding import divide, mark_init, mark_sharded
 
 
@@ -46,6 +47,7 @@ class QueryKeyValueLinear(nn.Module):
         bias: whether to add a bias.
         group: the tensor group.
         sequence_parallel: whether the input is this rank's shard of the sequence.
+        products: what multiplies; None: torch's own products.
 
     Raises:
         ConfigError: the ranks do not divide the query heads, or neither of ranks and key/value heads divides the other.
@@ -61,10 +63,12 @@ class QueryKeyValueLinear(nn.Module):
         bias: bool,
         group: Group,
         sequence_parallel: bool = False,
+        products: Products | None = None,
     ) -> None:
         super().__init__()
         self.group = group
         self.sequence_parallel = sequence_parallel
+        self.products = products or PLAIN
         self.head_size = head_size
         self.query_heads = divide(query_heads, group, "--num-attention-heads")
         self.sharers = _ranks_sharing_a_head(key_value_heads, head_size, group)
@@ -87,7 +91,12 @@ class QueryKeyValueLinear(nn.Module):
     def product(self, hidden: Tensor) -> Tensor:
         """Multiply [s, b, h] hidden states, or [s/t, b, h] with sequence parallelism, by this rank's rows."""
         return column_parallel_product(
-            hidden, self.weight, self.bias, group=self.group, sequence_parallel=self.sequence_parallel
+            hidden,
+            self.weight,
+            self.bias,
+            group=self.group,
+            sequence_parallel=self.sequence_parallel,
+            products=self.products,
         )
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

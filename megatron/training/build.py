@@ -19,7 +19,7 @@ from megatron.engine.interface import Engine
 from megatron.engine.launchers import RankEnvironment
 from megatron.kernels.attention.interface import AttentionBackend
 from megatron.kernels.attention.pick import pick_attention
-from megatron.kernels.choice import PLAIN, choose_kernels
+from megatron.kernels.choice import choose_kernels
 from megatron.model.flops import model_flops_per_token
 from megatron.model.gpt import GPT, padded_vocab_size
 from megatron.parallel.sharding import describe_sharding
@@ -129,7 +129,7 @@ def _build_engine(
     """Make the model, predict what it will hold, say what was chosen, and hand it to the engine."""
     kernels, reason = choose_kernels(config.kernels, place.device.type)
     start.passed("kernels")
-    memory = predict_memory(config, tokenizer.vocab_size, place.groups, recompute, fused=kernels is not PLAIN)
+    memory = predict_memory(config, tokenizer.vocab_size, place.groups, recompute, fused=kernels.are_fused)
     model = build_model(config, tokenizer.vocab_size, place.groups, attention, recompute, place.device, kernels)
     compiled = "; blocks compiled" if config.kernels.compile else ""
     choices = [

@@ -22,6 +22,7 @@ from megatron.training.param_groups import build_param_groups
 from megatron.training.pipeline import balance_stages
 from megatron.training.place import Place
 from megatron.training.recompute import Recompute, build_recompute, unit_shape
+from megatron.training.watched_engine import SteadyWeights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -120,7 +121,11 @@ def build_model(
 
 def build_engine(config: RunConfig, model: GPT, place: Place) -> Engine:
     """Give the model its weights and hand it to DeepSpeed, whole or in stages."""
-    return (_build_pipeline if place.groups.pipeline.size > 1 else _build_flat)(config, model, place)
+    engine = (_build_pipeline if place.groups.pipeline.size > 1 else _build_flat)(config, model, place)
+    products = model.kernels.products
+    if products is None or config.engine.zero_stage == 3:  # which gathers weights and puts them away again
+        return engine
+    return SteadyWeights(engine, products.weights_stay)
 
 
 def _build_flat(config: RunConfig, model: GPT, place: Place) -> Engine:

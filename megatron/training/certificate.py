@@ -32,14 +32,14 @@ from megatron.parallel.sharding import join_shards
 from megatron.training.recorded_run import Held, Record
 
 BOUND = 1e-5
-UNIT_ROUNDOFF = {"fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12}
+UNIT_ROUNDOFF = {"fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12, "fp8": 2.0**-9}
 ROUNDING_ALONE = 0.5
 """An error of one rank from which on nothing but rounding is compared with rounding."""
 
-CANCELLED_GRADIENT = {"fp32": 4.0, "bf16": 0.25, "fp16": 0.25}
+CANCELLED_GRADIENT = {"fp32": 4.0, "bf16": 0.25, "fp16": 0.25, "fp8": 0.25}
 """What may be left of a gradient that cancels, in u |g|: products of half precision are summed in fp32."""
 
-CANCELLED_TRAVEL = {"fp32": 256.0, "bf16": 8.0, "fp16": 8.0}
+CANCELLED_TRAVEL = {"fp32": 256.0, "bf16": 8.0, "fp16": 8.0, "fp8": 8.0}
 """How far such a gradient may move a weight, in u d_p: more, since Adam divides it by its own size."""
 
 

@@ -46,7 +46,7 @@ class Task:
     @property
     def precisions(self) -> list[str]:
         """fp32, in which every defect shows, and the user's own where that is another."""
-        return list(dict.fromkeys(["fp32", self.small.training.precision]))
+        return list(dict.fromkeys(["fp32", scaled_down.precision_of(self.small)]))
 
     @property
     def draws(self) -> bool:
@@ -172,7 +172,7 @@ def _findings(task: Task, alone: dict[str, Trained], answers: Sequence[RankAnswe
 
 
 def _peaks(task: Task, alone: dict[str, Trained], answers: Sequence[RankAnswer]) -> dict[str, list[float]]:
-    precision = task.small.training.precision
+    precision = scaled_down.precision_of(task.small)
     records = {
         "one rank": [alone[precision].training],
         "layout": [answer.trained[precision].training for answer in answers],

@@ -14,12 +14,13 @@ test_memory_gpu.py measure it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron.config.engine import EngineConfig
 from megatron.config.kernels import KernelsConfig
 from megatron.config.training import TrainingConfig
+from megatron.model.flops import block_parameters
 from megatron.model.memory import BlockMemory, block_memory, core_bytes, head_memory, rank_parameters
 from megatron.model.recompute_flops import kept_products
 from megatron.parallel.recompute import RecomputePolicy
@@ -133,7 +134,7 @@ def plan_memory(
 
     Args:
         recompute: the policies of the stages, with the model and the shape of a rank's micro-batch.
-        kernels: of which the chunks of the loss count.
+        kernels: of which the chunks of the loss count, and whether products take 8 bits.
         training: of which precision and the dtype of the sums count.
         engine: ZeRO's stage, offload and buckets.
         optimizer_slots: numbers that the optimizer keeps of each parameter: 2 for Adam, 1 for momentum.
@@ -142,7 +143,9 @@ def plan_memory(
         sequence_parallel: whether tensor ranks have shards of the sequence.
         fused: whether the fused kernels run.
     """
-    block = block_memory(recompute.config, recompute.shape, sequence_parallel=sequence_parallel, fused=fused)
+    block = block_memory(
+        recompute.config, recompute.shape, sequence_parallel=sequence_parallel, fused=fused, fp8=kernels.fp8
+    )
     plans = []
     last = len(recompute.stage_blocks) - 1
     for stage, blocks in enumerate(recompute.stage_blocks):
@@ -157,6 +160,9 @@ def plan_memory(
         state = state_memory(
             parameters, training, engine, replicas, optimizer_slots, recompute.num_micro_batches > 1 or last > 0
         )
+        if kernels.fp8 and engine.zero_stage < 3:  # both copies of each weight, for the length of a step
+            copies = 2 * blocks * block_parameters(recompute.config) / recompute.shape.tensor_size
+            state = replace(state, weights=state.weights + copies)
         head = 0
         if stage == last:
             head = head_memory(

@@ -34,6 +34,7 @@ BY_NAME = (
         "attention",
         r"sdpa|fmha|flash|cudnn::fusion|(?:query|key_value)_kernel|forward_kernel|scaled_dot|megatron::Softmax",
     ),
+    ("into 8 bits", r"megatron::Quantise|find_largest|sum_tiles|fp8_quantise"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|splitk|gemv|aten::(?:add|ba)?b?mm\b|aten::addmm|linear"),
     ("optimizer", r"adam|multi_tensor.*(?:Adam|SGD)|Optimizer\.step"),
     ("gradient norm", r"lp_?norm|norm_?kernel.*multi|multi_tensor.*Norm|NormOps|vector_norm|_foreach_norm"),

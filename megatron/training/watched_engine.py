@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -42,3 +43,21 @@ class WatchedEngine:
     def close(self) -> None:
         """See `Engine.close`."""
         self._engine.close()
+
+
+class SteadyWeights(WatchedEngine):
+    """An engine that lets the products of its model know how long the weights stay.
+
+    Args:
+        engine: changes weights at the end of a training step alone.
+        weights_stay: gives the context of a step.
+    """
+
+    def __init__(self, engine: Engine, weights_stay: Callable[[], AbstractContextManager[None]]) -> None:
+        super().__init__(engine)
+        self._weights_stay = weights_stay
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], learning_rate: float, weight_decay: float) -> StepResult:
+        """See `Engine.train_step`."""
+        with self._weights_stay():
+            return super().train_step(micro_batches, learning_rate, weight_decay)

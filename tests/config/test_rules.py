@@ -21,6 +21,16 @@ def sentences(words: list[str], world_size: int | None = None) -> list[str]:
 BROKEN: list[tuple[str, str, str]] = [
     # words, flags left out of the legal line, what the one sentence names
     ("--loss-chunk-size 1 --micro-batch-size 2", "", "--loss-chunk-size 1 & --micro-batch-size 2 & 2 tokens"),
+    ("--fp8 --precision fp16", "", "--fp8 & --precision fp16 & --precision bf16"),
+    ("--fp8-format hybrid", "", "--fp8-format hybrid & --fp8:"),
+    ("--fp8 --compile", "", "--fp8 & --compile"),
+    ("--fp8 --mlp-chunk-size 64", "", "--fp8 & --mlp-chunk-size 64"),
+    ("--fp8 --ffn-hidden-size 200", "", "--ffn-hidden-size 200 & 200 features & multiples of 16"),
+    (
+        "--fp8 --tensor-model-parallel-size 2 --ffn-hidden-size 208",
+        "",
+        "--ffn-hidden-size 208 & --tensor-model-parallel-size 2 & 104 features",
+    ),
     ("--mlp-chunk-size 1 --micro-batch-size 2", "", "--mlp-chunk-size 1 & --micro-batch-size 2 & 2 tokens"),
     ("--num-attention-heads 5", "", "--hidden-size 64 & --num-attention-heads 5 & --kv-channels"),
     ("--num-key-value-heads 3", "", "--num-attention-heads 4 & --num-key-value-heads 3"),
@@ -280,6 +290,7 @@ def test_at_least_forty_combinations_are_refused() -> None:
         "--fp16 --loss-scale 128",
         "--fp16 --loss-scale 0.5",
         "--cpu-optimizer --zero-stage 2",
+        "--fp8 --fp8-format e4m3 --zero-stage 3 --recompute-granularity full",
         "--train-samples 100 --train-tokens 5e9",
         "--lr-decay-style WSD --lr-wsd-decay-iters 10 --lr-warmup-iters 90",
         "--lr-decay-style constant --lr-warmup-samples 10",

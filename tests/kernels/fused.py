@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.kernels import activation, cross_entropy, dropout, norm, operator, rotary, softmax
+from megatron.kernels import activation, cross_entropy, dropout, fp8, norm, operator, rotary, softmax
 from tests.kernels.emulated import emulated_kernel, why_not
 
 HALF = (torch.bfloat16, torch.float16)
-MODULES = (norm, activation, rotary, cross_entropy, dropout, softmax)
+MODULES = (norm, activation, rotary, cross_entropy, dropout, softmax, fp8)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron.kernels.attention import flash_v1, flash_v2, flash_v4, packages
+from megatron.kernels.attention.interface import AttentionRequest
 from tests.kernels.exact_attention import errors, exact_attend, make_heads, make_ids
 
 OPTIONS = {"scale": 0.3, "causal": True}
@@ -48,8 +49,19 @@ def second(monkeypatch):
     """flash-attn 2.x."""
     calls = []
 
-    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0):
-        calls.append((dropout_p, window_size))
+    def flash_attn_func(
+        q,
+        k,
+        v,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+    ):
+        calls.append((dropout_p, deterministic))
         assert window_size[1] == (0 if window_size[0] >= 0 else -1)
         return whole(q, k, v, causal, softmax_scale, window_size[0] + 1, softcap)
 
@@ -66,8 +78,10 @@ def second(monkeypatch):
         causal=False,
         window_size=(-1, -1),
         softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
     ):
-        calls.append((dropout_p, window_size))
+        calls.append((dropout_p, deterministic))
         options = {"causal": causal, "scale": softmax_scale, "window": window_size[0] + 1, "softcap": softcap}
         return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
 
@@ -80,6 +94,7 @@ def second(monkeypatch):
 @pytest.fixture
 def first(monkeypatch):
     """flash-attn 1.x: as many key heads as query heads, and no keyword for a window."""
+    calls = []
 
     def flash_attn_unpadded_func(
         q,
@@ -92,21 +107,27 @@ def first(monkeypatch):
         dropout_p,
         softmax_scale=None,
         causal=False,
+        return_attn_probs=False,
+        deterministic=False,
     ):
+        calls.append((dropout_p, deterministic))
         assert q.shape == k.shape
         options = {"causal": causal, "scale": softmax_scale}
         return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options)
 
     install(monkeypatch, "flash_attn.flash_attn_interface", flash_attn_unpadded_func=flash_attn_unpadded_func)
+    return calls
 
 
 @pytest.fixture
 def fourth(monkeypatch):
     """flash-attn-4, whose functions return the log-sums as well."""
+    calls = []
 
     def flash_attn_func(
         q, k, v, qv=None, softmax_scale=None, causal=False, window_size=(None, None), softcap=0.0, deterministic=False
     ):
+        calls.append((0.0, deterministic))
         window = 0 if window_size[0] is None else window_size[0] + 1
         return whole(q, k, v, causal, softmax_scale, window, softcap), None
 
@@ -123,13 +144,16 @@ def fourth(monkeypatch):
         causal=False,
         window_size=(None, None),
         softcap=0.0,
+        deterministic=False,
     ):
+        calls.append((0.0, deterministic))
         window = 0 if window_size[0] is None else window_size[0] + 1
         options = {"causal": causal, "scale": softmax_scale, "window": window, "softcap": softcap}
         return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options), None
 
     functions = {"flash_attn_func": flash_attn_func, "flash_attn_varlen_func": flash_attn_varlen_func}
     install(monkeypatch, "flash_attn.cute", **functions)
+    return calls
 
 
 @pytest.mark.parametrize("documents", [0, 4])
@@ -154,6 +178,22 @@ def test_flash_v1_takes_the_interface_that_is_there(request, interface, causal, 
 def test_the_probability_of_dropout_is_handed_on(second, module):
     module.attend(*make_heads((9, 9), 1, (2, 2), 8), dropout=0.25, **OPTIONS)
     assert [dropout for dropout, _ in second] == [0.25]
+
+
+@pytest.mark.parametrize("documents", [0, 4])
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize(
+    ("module", "package"), [(flash_v1, "first"), (flash_v1, "second"), (flash_v2, "second"), (flash_v4, "fourth")]
+)
+def test_the_same_bits_are_asked_for_where_torch_is_asked_for_them(request, module, package, wanted, documents):
+    calls = request.getfixturevalue(package)
+    packed = module.BACKEND.prepare_documents(make_ids(2, 9, documents)) if documents else None
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        module.attend(*make_heads((9, 9), 2, (2, 2), 8), dropout=0.0, documents=packed, **OPTIONS)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert calls == [(0.0, wanted)]
 
 
 @pytest.mark.parametrize(
@@ -189,3 +229,41 @@ def test_a_missing_package_is_one_sentence(monkeypatch, found, sentence):
     monkeypatch.setattr(packages, "version", version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert flash_v2.unavailable() == sentence
+
+
+@pytest.mark.parametrize(
+    ("written", "sentence"),
+    [
+        ("of flash-attn-4", "it needs an NVIDIA GPU of compute capability 9.0 or later"),
+        (
+            "of another",
+            "another package wrote over its flash_attn/cute/interface.py: "
+            "pip install --force-reinstall --no-deps flash-attn-4",
+        ),
+    ],
+)
+def test_a_package_that_another_wrote_over_is_one_sentence(monkeypatch, tmp_path, written, sentence):
+    information, code = tmp_path / "flash_attn_4-4.0.0b36.dist-info", tmp_path / "flash_attn" / "cute"
+    information.mkdir()
+    code.mkdir(parents=True)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn-4\nVersion: 4.0.0b36\n")
+    (information / "RECORD").write_text(f"flash_attn/cute/interface.py,,{len('of flash-attn-4')}\n")
+    (code / "interface.py").write_text(written)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert flash_v4.unavailable() == sentence
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("size", [192, 256])
+def test_flash_v2_refuses_what_its_backward_leaves_out(monkeypatch, size, dropout, capability):
+    monkeypatch.setattr(packages, "version", lambda name: "2.8.3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    request = AttentionRequest(head_size=size, dtype=torch.bfloat16, device_type="cuda", dropout=dropout)
+    refused = flash_v2.BACKEND.why_not(request)
+    if size == 256 and dropout and capability == (8, 9):
+        assert refused == "on this GPU it drops no weights in backward of heads wider than 192, not 256"
+    else:
+        assert refused is None

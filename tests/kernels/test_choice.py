@@ -1,11 +1,14 @@
 """The kernels of a run: chosen by device and flags, with a reason."""
 
 import pytest
+import torch
 
+from megatron.config.errors import ConfigError
 from megatron.config.kernels import KernelsConfig
-from megatron.kernels import choice
+from megatron.kernels import choice, fp8_products
 from megatron.kernels.build import KernelBuildError, kernel_names
 from megatron.kernels.choice import FUSED, PLAIN, choose_kernels
+from megatron.kernels.fp8 import fused_quantise, quantise
 
 
 @pytest.fixture
@@ -69,3 +72,50 @@ def test_kernels_that_cannot_be_compiled_are_replaced_with_the_reason(monkeypatc
     assert kernels is PLAIN
     assert reason == "plain torch, since there is no compiler"
     assert reason in caplog.text
+
+
+@pytest.fixture
+def hopper(loaded, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(fp8_products, "load_kernel", loaded.append)
+
+
+def test_the_cpu_emulates_products_in_8_bits_and_says_so(loaded):
+    kernels, reason = choose_kernels(KernelsConfig(fp8=True), "cpu")
+    assert reason == "plain torch, on cpu; products of the blocks in fp8 (hybrid), emulated on cpu"
+    assert kernels.products is not None
+    assert not kernels.are_fused
+    assert loaded == []
+
+
+def test_a_gpu_brings_matrices_into_8_bits_by_a_kernel(loaded, hopper):
+    kernels, reason = choose_kernels(KernelsConfig(fp8=True, fp8_format="e4m3"), "cuda")
+    assert loaded == [*FUSED, "fp8"]
+    assert reason.endswith("; products of the blocks in fp8 (e4m3)")
+    assert kernels.products._quantise is fused_quantise
+    assert kernels.are_fused
+
+
+def test_a_gpu_without_fused_kernels_brings_matrices_into_8_bits_by_plain_torch(loaded, hopper):
+    kernels, reason = choose_kernels(KernelsConfig(fp8=True, no_fused_kernels=True), "cuda")
+    assert loaded == []
+    assert "by plain torch, as the flags say" in reason
+    assert kernels.products._quantise is quantise
+
+
+def test_a_kernel_that_cannot_be_compiled_leaves_8_bits_to_plain_torch_with_the_reason(hopper, monkeypatch, caplog):
+    def refuse(name):
+        raise KernelBuildError("there is no compiler")
+
+    monkeypatch.setattr(fp8_products, "load_kernel", refuse)
+    kernels, reason = choose_kernels(KernelsConfig(fp8=True), "cuda")
+    assert reason.endswith("brought into it by plain torch, since there is no compiler")
+    assert kernels.products._quantise is quantise
+    assert "there is no compiler" in caplog.text
+
+
+def test_a_gpu_without_units_for_8_bits_is_refused(hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
+    with pytest.raises(ConfigError, match=r"--fp8 needs a GPU of compute capability 8.9 .* A100 has 8.0: leave"):
+        choose_kernels(KernelsConfig(fp8=True), "cuda")

@@ -91,10 +91,15 @@ def test_heads_that_stride_over_a_fused_product():
 
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_flash_triton_gives_the_same_bits_every_time(kv_heads, size):
-    backend, tensors = usable("flash_triton"), on_gpu((1000, 1000), 2, (4, kv_heads), size)
-    runs = [with_gradients(backend.attend, tensors, dropout=0.0, **OPTIONS) for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+@pytest.mark.parametrize("name", ["flash_triton", "sdpa_flash", "flash_v1", "flash_v2", "flash_v4"])
+def test_the_same_bits_every_time(name, kv_heads, size):
+    backend, tensors = usable(name, head_size=size, gqa=kv_heads < 4), on_gpu((1000, 1000), 2, (4, kv_heads), size)
+    torch.use_deterministic_algorithms(name != "flash_triton")  # which is so unasked
+    try:
+        runs = [with_gradients(backend.attend, tensors, dropout=0.0, **OPTIONS) for _ in range(5)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
 @pytest.mark.parametrize("length", [200, 256])

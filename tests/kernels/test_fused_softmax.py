@@ -7,6 +7,7 @@ import torch
 from torch.library import opcheck
 
 from megatron.kernels import softmax
+from megatron.kernels.attention.mask import causal_mask
 from megatron.kernels.softmax import fused_scaled_softmax, scaled_softmax
 from tests.kernels.fused import DEVICES, gradients, kernels_on, relative_error
 from tests.kernels.test_fused_pointwise import draw
@@ -23,13 +24,23 @@ def random_mask(batch, queries, keys, device, share=0.5):
     return mask
 
 
+def torch_softmax(scores, *, scale, causal, mask):
+    """Torch's own operations in the dtype of the scores; backward reads weights of that dtype, as the kernel does."""
+    allowed = causal_mask(*scores.shape[-2:], scores.device) if causal else None
+    if mask is not None:
+        allowed = mask if allowed is None else mask & allowed
+    if allowed is None:
+        return (scores * scale).softmax(dim=-1)
+    return (scores * scale).masked_fill(~allowed, float("-inf")).softmax(dim=-1).masked_fill(~allowed, 0.0)
+
+
 def exact_gradient(weights, grad, scale):
     weights, grad = weights.double(), grad.double()
     return scale * weights * (grad - (weights * grad).sum(dim=-1, keepdim=True))
 
 
 def check(device, shape, dtype, *, causal=False, masked=False, scale=0.3):
-    """Forward beside fp64 and plain torch; backward beside its formula in fp64, of the weights that forward gave."""
+    """Weights beside fp64 and the twin; gradient beside fp64 and torch's own, and beside its formula in fp64."""
     batch, _, queries, keys = shape
     mask = random_mask(batch, queries, keys, device) if masked else None
     scores, grad = draw(shape, dtype, device, 1, 4.0), draw(shape, dtype, device, 2)
@@ -44,6 +55,12 @@ def check(device, shape, dtype, *, causal=False, masked=False, scale=0.3):
     assert torch.equal(grad_scores, again[1]), "differs between two runs"
     exact, resolution = plain(scores.double()), torch.finfo(dtype).eps
     assert relative_error(weights, exact) <= 1.1 * relative_error(plain(scores), exact) + max(resolution / 20, 4e-7)
+    exact_grad, torch_grad = (
+        gradients(functools.partial(torch_softmax, scale=scale, causal=causal, mask=mask), [x], [grad])[1]
+        for x in (scores.double(), scores)
+    )
+    allowed = 1.1 * relative_error(torch_grad, exact_grad) + max(resolution / 20, 4e-7)
+    assert relative_error(grad_scores, exact_grad) <= allowed, "farther from fp64 than torch's own"
     # What the difference cancels is lost in fp32 as well: the bound is relative to its terms.
     terms = exact_gradient(weights, grad.abs(), scale).abs() + (scale * weights * grad).abs().double()
     error = (grad_scores.double() - exact_gradient(weights, grad, scale)).norm()

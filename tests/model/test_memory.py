@@ -1,8 +1,12 @@
 """What formulas say of a rank's memory is what a model has: its parameters, and what its blocks keep for backward."""
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch.autograd.graph import saved_tensors_hooks
 
+from megatron.kernels.choice import PLAIN, Kernels
+from megatron.kernels.fp8_products import Fp8Products
 from megatron.model.gpt import GPT
 from megatron.model.memory import block_memory, head_memory, rank_parameters
 from megatron.model.recompute_flops import UnitShape
@@ -106,6 +110,36 @@ def test_fused_kernels_and_tensor_ranks_keep_less():
     assert plain - fused == TOKENS * (2 * inner + 2 * rotated + 2 * HIDDEN)  # activated gate, copies of heads, masks
     assert kept(2, sequence_parallel=True, fused=True) == fused // 2
     assert fused // 2 < kept(2, sequence_parallel=False, fused=True) < fused
+
+
+def bytes_kept_by_a_block(kernels, changes):
+    """Of a block in bf16: the storages that autograd saves, those of parameters aside."""
+    model = tiny_gpt(kernels=kernels, **changes).bfloat16()
+    block, hidden = model.stages()[3], torch.randn(SEQUENCE, 2, HIDDEN, dtype=torch.bfloat16, requires_grad=True)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages = {}
+
+    def note(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        result = block(hidden, model.context(torch.zeros(2, SEQUENCE, dtype=torch.long)))
+    assert result.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+
+@pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt2", "llama"])
+def test_products_in_8_bits_keep_as_much_less_as_the_formula_says(changes):
+    config = tiny_gpt(**changes).config
+    shape = UnitShape(tokens=2 * SEQUENCE, seq_length=SEQUENCE)
+    predicted = [
+        block_memory(config, shape, sequence_parallel=False, fused=False, fp8=fp8).kept for fp8 in (False, True)
+    ]
+    found = [bytes_kept_by_a_block(kernels, changes) for kernels in (PLAIN, Kernels(products=Fp8Products()))]
+    scales = 4 * 4  # one number for each of the four inputs, which the formula leaves out
+    assert found[0] - found[1] + scales == predicted[0] - predicted[1] > 0
 
 
 def test_chunks_of_the_loss_bound_the_logits():

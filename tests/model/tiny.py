@@ -6,6 +6,7 @@ import torch
 
 from megatron.config.model import ModelConfig
 from megatron.kernels.attention.interface import AttentionBackend
+from megatron.kernels.choice import PLAIN, Kernels
 from megatron.kernels.registry import find_implementations
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize_parameters
@@ -51,6 +52,7 @@ def tiny_gpt(
     groups: ParallelGroups | None = None,
     recompute_policy: RecomputePolicy = NONE,
     loss_chunk_size: int = 0,
+    kernels: Kernels = PLAIN,
     mlp_chunk_size: int = 0,
     **changes: Any,
 ) -> GPT:
@@ -62,6 +64,7 @@ def tiny_gpt(
         attention=backend_called(backend),
         recompute_policy=recompute_policy,
         loss_chunk_size=loss_chunk_size,
+        kernels=kernels,
         mlp_chunk_size=mlp_chunk_size,
     )
     initialize_parameters(model, seed, config.init_method_std, config.num_layers)

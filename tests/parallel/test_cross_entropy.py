@@ -103,5 +103,17 @@ def test_only_the_logits_themselves_are_kept_at_vocabulary_size():
     kept = []
     with saved_tensors_hooks(kept.append, lambda nothing: nothing):
         vocab_parallel_cross_entropy(logits, LABELS_SB, Group.alone(), VOCAB)
-    large = [tensor for tensor in kept if tensor.numel() > LABELS_SB.numel()]
+    large = [tensor for tensor in kept if tensor.numel() > 2 * LABELS_SB.numel()]
     assert [tensor.data_ptr() for tensor in large] == [logits.data_ptr()]
+
+
+def test_loss_of_a_token_that_is_nearly_certain_keeps_its_digits_whatever_the_size_of_the_logits():
+    logits = torch.tensor([[[300.0, 288.0, 100.0]]], requires_grad=True)
+    labels = torch.tensor([[0]])
+    loss = vocab_parallel_cross_entropy(logits, labels, Group.alone(), vocab_size=3)
+    exact = F.cross_entropy(logits.double().flatten(0, 1), labels.flatten())
+    torchs = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert abs(loss.item() - exact.item()) <= abs(torchs.item() - exact.item())  # 1 + exp(-12) has seven digits
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+    (exact_gradient,) = torch.autograd.grad(exact, logits)
+    assert gradient[0, 0, 1].item() == pytest.approx(exact_gradient[0, 0, 1].item(), rel=1e-6)

@@ -39,11 +39,30 @@ def test_rates_and_ratios_are_those_of_the_times(tool):
         "errors": (1e-3, 2e-3),
         "failures": {"liger": "RuntimeError: no"},
     }
-    forward, backward, both, failure = tool.lines(record)
+    forward, backward, both, failure = tool.lines(record, 1e15)
     assert " ".join(forward.split()) == "norm 1x2 forward 1000.0 1000.0 1000 50.0% 2.00 - - -"
     assert " ".join(backward.split()[2:7]) == "backward 3000.0 3000.0 1000 100.0%"
     assert " ".join(both.split()[2:]) == "both 4000.0 4000.0 1000 87.5% 2.00 - - - 1.0e-03 2.0e-03 1 2 5"
     assert failure == "# liger: RuntimeError: no"
+    assert list(tool.shortfalls(record)) == ["  norm 1x2 forward: 50.0 % of the copy's rate"]
+
+
+def test_what_falls_short_is_named(tool):
+    fast, slow = (dict.fromkeys(tool.PASSES, time) for time in (1e-3, 2e-3))
+    record = {
+        "name": "norm",
+        "size": "1x2",
+        "flops": 0.0,
+        "copy_seconds": fast,
+        "seconds": {"fused": slow, "liger": fast, "eager": {**fast, "both": 1.97e-3}},
+        "errors": (3e-3, 2e-3),
+    }
+    assert list(tool.shortfalls(record)) == [
+        "  norm 1x2 forward: 50.0 % of the copy's rate",
+        "  norm 1x2 backward: 50.0 % of the copy's rate",
+        "  norm 1x2: liger takes 0.50 of its time",
+        "  norm 1x2: 3.0e-03 from fp64, plain torch 2.0e-03",
+    ]
 
 
 def test_matrix_bound_operations_have_a_rate_of_arithmetic(tool):
@@ -59,5 +78,6 @@ def test_matrix_bound_operations_have_a_rate_of_arithmetic(tool):
         "errors": None,
         "failures": {},
     }
-    *_, both = tool.lines(record)
-    assert "400 TFLOP/s" in both
+    *_, both = tool.lines(record, 8e14)
+    assert "400 TFLOP/s    50.0%" in both
+    assert not list(tool.shortfalls(record))

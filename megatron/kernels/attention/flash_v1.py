@@ -17,6 +17,7 @@ from megatron.kernels.attention.interface import HALF_DTYPES, AttentionBackend, 
 from megatron.kernels.attention.packages import (
     attend_packed,
     installed_version,
+    same_bits_wanted,
     whole_samples,
     why_not_installed,
     why_not_on_gpu,
@@ -53,7 +54,10 @@ def attend(
         key_sbkd, value_sbkd = (tensor.repeat_interleave(copies, dim=2) for tensor in (key_sbkd, value_sbkd))
     if documents is None:
         documents = PackedDocuments(whole_samples(batch, length, query_sbnd.device), length)
-    packed = partial(find_function(), dropout_p=dropout, softmax_scale=scale, causal=causal)
+    options: dict[str, Any] = {"dropout_p": dropout, "softmax_scale": scale, "causal": causal}
+    if same_bits_wanted():
+        options["deterministic"] = True  # only then: 2.0 to 2.4 do not know the word
+    packed = partial(find_function(), **options)
     return attend_packed(packed, query_sbnd, key_sbkd, value_sbkd, documents)
 
 

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from megatron.kernels.attention.documents import PackedDocuments, pack_documents
-from megatron.kernels.attention.interface import ALL_FEATURES, HALF_DTYPES, AttentionBackend, prefer
-from megatron.kernels.attention.packages import attend_packed, why_not_installed, why_not_on_gpu
+from megatron.kernels.attention.interface import (
+    ALL_FEATURES,
+    HALF_DTYPES,
+    AttentionBackend,
+    AttentionRequest,
+    prefer,
+)
+from megatron.kernels.attention.packages import attend_packed, same_bits_wanted, why_not_installed, why_not_on_gpu
 
 OLDEST = (2, 6)  # the first with capped logits
+LITTLE_SHARED_MEMORY = frozenset({(8, 6), (8, 9), (12, 0), (12, 1)})
+"""Where the package launches nothing at all in backward for heads wider than 192 under dropout, and says nothing."""
 
 
 def attend(
@@ -46,6 +55,7 @@ def attend(
         "causal": causal,
         "window_size": (window - 1, 0) if window else (-1, -1),  # keys before and after the query's own
         "softcap": softcap,
+        "deterministic": same_bits_wanted(),
     }
     if documents is not None:
         packed = partial(flash_attn_varlen_func, **options)
@@ -60,12 +70,19 @@ def unavailable() -> str | None:
     return why_not_installed("flash-attn", OLDEST, "flash-attn") or why_not_on_gpu((8, 0))
 
 
+def _limits(request: AttentionRequest) -> str | None:
+    if request.dropout and request.head_size > 192 and torch.cuda.get_device_capability() in LITTLE_SHARED_MEMORY:
+        return f"on this GPU it drops no weights in backward of heads wider than 192, not {request.head_size}"
+    return None
+
+
 BACKEND = AttentionBackend(
     name="flash_v2",
     choose_when="the kernels of flash-attn 2.x",
     preference=prefer(38),
     attend=attend,
     unavailable=unavailable,
+    limits=_limits,
     features=ALL_FEATURES - {"mask"},
     excludes=(frozenset({"softcap", "dropout"}),),
     dtypes=HALF_DTYPES,

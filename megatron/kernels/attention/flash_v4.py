@@ -12,7 +12,13 @@ from torch import Tensor
 
 from megatron.kernels.attention.documents import PackedDocuments, pack_documents
 from megatron.kernels.attention.interface import HALF_DTYPES, AttentionBackend, AttentionRequest
-from megatron.kernels.attention.packages import attend_packed, why_not_installed, why_not_on_gpu
+from megatron.kernels.attention.packages import (
+    attend_packed,
+    same_bits_wanted,
+    why_not_installed,
+    why_not_on_gpu,
+    why_overwritten,
+)
 
 OLDEST = (4, 0)
 LONG = 4096
@@ -46,6 +52,7 @@ def attend(
         "causal": causal,
         "window_size": (window - 1, 0) if window else (None, None),  # keys before and after the query's own
         "softcap": softcap,
+        "deterministic": same_bits_wanted(),
     }
     if documents is not None:
         names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
@@ -63,8 +70,12 @@ def _call(function: Any, names: tuple[str, ...], options: dict[str, Any], *value
 
 
 def unavailable() -> str | None:
-    """Say why not on this machine."""
-    return why_not_installed("flash-attn-4", OLDEST, "flash-attn-4") or why_not_on_gpu((9, 0))
+    """Say why not on this machine. The wheel of flash-attn 2.8 holds an older state of this package, in its folder."""
+    return (
+        why_not_installed("flash-attn-4", OLDEST, "flash-attn-4")
+        or why_overwritten("flash-attn-4", "flash_attn/cute/interface.py")
+        or why_not_on_gpu((9, 0))
+    )
 
 
 def _preference(request: AttentionRequest) -> int:

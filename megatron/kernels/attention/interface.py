@@ -102,6 +102,12 @@ def always_available() -> str | None:
     return None
 
 
+def no_limits(request: AttentionRequest) -> str | None:
+    """Say nothing: for backends that do alike on every GPU that they run on."""
+    del request
+    return None
+
+
 def prefer(rank: int) -> Callable[[AttentionRequest], int]:
     """Prefer a backend alike for every request."""
     return lambda request: rank
@@ -119,6 +125,8 @@ class AttentionBackend:
     attend: Attend
     unavailable: Callable[[], str | None] = always_available
     """Why this machine cannot run it (a missing package, too old a device), or None."""
+    limits: Callable[[AttentionRequest], str | None] = no_limits
+    """Why the GPU that is here cannot do a request that others can, or None."""
     features: frozenset[str] = ALL_FEATURES
     excludes: tuple[frozenset[str], ...] = ()
     """Features that it has, but not together."""
@@ -150,4 +158,4 @@ class AttentionBackend:
             return f"its heads have at most {self.max_head_size} channels, not {request.head_size}"
         if request.head_size % self.head_size_multiple:
             return f"its heads have a multiple of {self.head_size_multiple} channels, not {request.head_size}"
-        return self.unavailable()
+        return self.unavailable() or self.limits(request)

@@ -6,7 +6,8 @@ Legend: s sequence, b batch, n query heads, k key/value heads, d head size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,31 +16,51 @@ from megatron.kernels.attention.documents import PackedDocuments
 from megatron.kernels.constant import cached_constant
 
 
-def why_not_installed(distribution: str, oldest: tuple[int, ...], extra: str) -> str | None:
+def why_not_installed(name: str, oldest: tuple[int, ...], extra: str) -> str | None:
     """Say what to install where a package is missing or too old; None when it is there.
 
     Args:
-        distribution: its name for pip.
+        name: of the package for pip.
         oldest: the first version that will do.
         extra: the optional dependency of this project that brings it.
     """
     remedy = f"pip install 'megatron-deepspeed[{extra}]'"
-    found = installed_version(distribution)
+    found = installed_version(name)
     if found is None:
-        return f"{distribution} is not installed: {remedy}"
+        return f"{name} is not installed: {remedy}"
     if found < oldest:
         wanted, here = (".".join(map(str, numbers)) for numbers in (oldest, found))
-        return f"{distribution} {here} is older than {wanted}: {remedy}"
+        return f"{name} {here} is older than {wanted}: {remedy}"
     return None
 
 
-def installed_version(distribution: str) -> tuple[int, ...] | None:
+def installed_version(name: str) -> tuple[int, ...] | None:
     """Return the leading numbers of a package's version; None where it is not installed."""
     try:
-        words = version(distribution).split(".")
+        words = version(name).split(".")
     except PackageNotFoundError:
         return None
     return tuple(int(word) for word in words[:2] if word.isdigit())
+
+
+def why_overwritten(name: str, path: str) -> str | None:
+    """Say that another package wrote over a file of this one; None when it is as it was installed.
+
+    Args:
+        name: the package for pip.
+        path: the file, as its list of installed files has it.
+    """
+    for file in distribution(name).files or ():
+        if file.as_posix() == path and file.size is not None:
+            found = Path(str(file.locate()))
+            if not found.is_file() or found.stat().st_size != file.size:
+                return f"another package wrote over its {path}: pip install --force-reinstall --no-deps {name}"
+    return None
+
+
+def same_bits_wanted() -> bool:
+    """Say whether torch is asked for the same bits every time: backward may add atomically otherwise, and is faster."""
+    return torch.are_deterministic_algorithms_enabled()
 
 
 def why_not_on_gpu(capability: tuple[int, int]) -> str | None:

@@ -93,13 +93,23 @@ inline void wait_for_warp() {
   arrive(warp_barriers[warp], [warp] { return alive_in_warp(warp); });
 }
 
-inline float shuffle_xor(float value, int step) {
+template <typename T>
+T shuffle_xor(T value, int step) {
   const int linear = running->linear;
-  exchanged[linear] = value;
+  std::memcpy(&exchanged[linear], &value, sizeof value);
   wait_for_warp();
-  const float other = exchanged[linear ^ step];
+  T other;
+  std::memcpy(&other, &exchanged[linear ^ step], sizeof other);
   wait_for_warp();
   return other;
+}
+
+// Bytes of `low` (0 .. 3) and `high` (4 .. 7), as the digits of `selector` name them.
+inline unsigned chosen_bytes(unsigned low, unsigned high, unsigned selector) {
+  const std::uint64_t all = std::uint64_t{high} << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= (all >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
 }
 
 inline void enter() {
@@ -158,6 +168,10 @@ inline void run_block() {
 #define gridDim (emulated::grid_size)
 
 inline float __shfl_xor_sync(unsigned, float value, int step) { return emulated::shuffle_xor(value, step); }
+inline unsigned __shfl_xor_sync(unsigned, unsigned value, int step) { return emulated::shuffle_xor(value, step); }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  return emulated::chosen_bytes(low, high, selector);
+}
 inline void __syncwarp() { emulated::wait_for_warp(); }
 inline void __syncthreads() {
   emulated::arrive(emulated::barriers[0], [] { return emulated::alive; });

@@ -130,7 +130,8 @@ __global__ void __launch_bounds__(kThreads) statistics(CrossEntropy call) {
   }
 }
 
-// grad = scale (exp(logit - log_sum) - [column is the label's]); a thread reads what it overwrites.
+// grad = scale (exp(logit - log_sum) - [column is the label's]); a thread reads what it overwrites. The two parts of
+// log_sum are taken off one after the other: their sum would be rounded to what large logits leave of its digits.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) gradient(CrossEntropy call) {
   wait_for_former_kernel();
@@ -139,11 +140,12 @@ __global__ void __launch_bounds__(kThreads) gradient(CrossEntropy call) {
   const std::int64_t row = blockIdx.x;
   const T* logits = reinterpret_cast<const T*>(call.logits) + row * call.row_stride;
   T* grad = reinterpret_cast<T*>(call.grad) + row * call.grad_stride;
-  const float log_sum = reinterpret_cast<const float*>(call.log_sum)[row];
+  const float highest = reinterpret_cast<const float*>(call.log_sum)[row];
+  const float log_sum = reinterpret_cast<const float*>(call.log_sum)[call.rows + row];
   const float scale = reinterpret_cast<const float*>(call.scale)[row];
   const std::int64_t label = reinterpret_cast<const std::int64_t*>(call.label_columns)[row];
   const auto value = [&](float logit, int column) {
-    const float share = shifted_exponential<kExact>(logit, log_sum);
+    const float share = shifted_exponential<kExact>(logit - highest, log_sum);
     return scale * (column == label ? share - 1.0f : share);
   };
   Cut parts = cut(logits, call.num_tokens);

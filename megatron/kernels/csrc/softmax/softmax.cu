@@ -27,6 +27,15 @@ __device__ __forceinline__ float factor_of(const Softmax& call) {
   return kExact ? call.scale : call.scale * kLog2E;
 }
 
+// Rounded before anything is taken off it: fused with a subtraction, the highest score would differ from itself.
+__device__ __forceinline__ float scaled(float factor, float score) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(factor, score);
+#else
+  return factor * score;
+#endif
+}
+
 // One row, as its threads see it.
 struct Row {
   std::int64_t first;        // index of its first element
@@ -125,7 +134,7 @@ __global__ void __launch_bounds__(kMostThreads) forward(Softmax call) {
     if (is_seen[n]) {
       packed[n].unpack(values[n]);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) values[n][i] *= factor;
+      for (int i = 0; i < kSize; ++i) values[n][i] = scaled(factor, values[n][i]);
       if constexpr (kMasked) {
         const auto* bytes = reinterpret_cast<const std::uint8_t*>(&may[n].raw);
 #pragma unroll
@@ -263,7 +272,7 @@ __global__ void __launch_bounds__(kMostThreads) long_forward(Softmax call) {
     row.allows(key, may);
     Packed<T, kSize>::load(scores + key).unpack(values);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) values[i] = may[i] ? factor * values[i] : -INFINITY;
+    for (int i = 0; i < kSize; ++i) values[i] = may[i] ? scaled(factor, values[i]) : -INFINITY;
   };
   Running<kExact> running;
   for (int key = threadIdx.x * kSize; key < row.visible; key += blockDim.x * kSize) {
