@@ -26,7 +26,7 @@ from megatron.config.errors import ConfigError
 from megatron.config.flags import Flag
 from megatron.config.sections import SECTIONS, RunConfig, all_flags
 
-__all__ = ["ConfigError", "broken_rules", "check_rules", "rules"]
+__all__ = ["ConfigError", "broken_model_rules", "broken_rules", "check_rules", "rules"]
 
 Rule = Callable[..., Iterator[str]]
 
@@ -50,13 +50,22 @@ def check_rules(config: RunConfig, world_size: int | None = None) -> None:
 
 def broken_rules(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     """Give a sentence for each broken rule: first the values that are illegal alone, then those that do not fit."""
-    yield from _illegal_values(config)
+    yield from _illegal_values(config, *SECTIONS)
     known: dict[str, Any] = {section: getattr(config, section) for section in SECTIONS}
     known["world_size"] = world_size
     known["data_parallel_size"] = data_parallel_size(config.parallel, world_size)
     for rule in rules():
         with contextlib.suppress(ZeroDivisionError):  # a zero that is illegal has been told already
             yield from rule(**{name: known[name] for name in inspect.signature(rule).parameters})
+
+
+def broken_model_rules(config: RunConfig) -> Iterator[str]:
+    """Give a sentence for each rule that the model breaks by itself, whatever the run."""
+    yield from _illegal_values(config, "model")
+    for rule in rules():
+        if list(inspect.signature(rule).parameters) == ["model"]:
+            with contextlib.suppress(ZeroDivisionError):
+                yield from rule(model=config.model)
 
 
 def rules() -> Iterator[Rule]:
@@ -71,8 +80,10 @@ def _rules_of(module: ModuleType) -> Iterator[Rule]:
             yield value
 
 
-def _illegal_values(config: RunConfig) -> Iterator[str]:
+def _illegal_values(config: RunConfig, *sections: str) -> Iterator[str]:
     for flag in all_flags().values():
+        if flag.section not in sections:
+            continue
         value = getattr(getattr(config, flag.section), flag.name)
         if value is None:
             continue
