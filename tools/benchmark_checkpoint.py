@@ -6,9 +6,10 @@ Flags of its own come before or between the others:
   --other "FLAGS"  load into this layout too: flags that replace those of the run; may be repeated
   --deepspeed      measure DeepSpeed's own save_checkpoint and load_checkpoint as well
   --without WHAT   leave out "verify", "load", "background" (saves while steps are taken), "export" (a folder of Hugging
-                   Face), "torch" (torch.save of the same bytes) or "shards" (reads of what one tensor rank holds)
+                   Face), "torch" (torch.save of the same bytes), "torch.load" (of these) or "shards" (reads of what
+                   one tensor rank holds)
   --keep DIR       move the checkpoint there in the end
-  --checkpoint DIR load this checkpoint into the layout of the flags, and do nothing else
+  --checkpoint DIR load this checkpoint into the layout of the flags and into the others, and do nothing else
 
 Takes one step, so that the optimizer has its moments, and saves and loads them in several ways. It prints seconds, GB
 and GB/s of all ranks together. Files are taken out of the page cache before they are read, where the system allows it.
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from megatron.training.trainer import Trainer
 
 
-PARTS = ("verify", "load", "background", "export", "torch", "shards")
+PARTS = ("verify", "load", "background", "export", "torch", "torch.load", "shards")
 STEPS_ALONE = 3
 """Steps that are measured without a save beside them."""
 
@@ -104,7 +105,9 @@ def measure(
 ) -> Iterator[Row]:
     """Save and load in every way that was asked for."""
     if arguments.checkpoint is not None:
-        yield measure_other(arguments.checkpoint, words, environment, "load of another layout")
+        for flags in ("", *arguments.other):
+            what = f"load into {flags or 'the layout of the flags'}"
+            yield measure_other(arguments.checkpoint, [*words, *shlex.split(flags)], environment, what)
         return
     trainer, clock = start(words, environment)
     root = Path(clock.control.of_first(own))
@@ -147,7 +150,9 @@ def measure_in_place(
         forget(checkpoint)
         yield measure_export(clock, checkpoint, root / "hf", words)
     if "torch" not in without:
-        yield from measure_torch(trainer, clock, root / f"torch_{control.rank}.pt", size)
+        yield from measure_torch(
+            trainer, clock, root / f"torch_{control.rank}.pt", size, loads="torch.load" not in without
+        )
     if arguments.deepspeed:
         yield from measure_deepspeed(trainer, clock, root / "deepspeed")
 
@@ -224,7 +229,7 @@ def measure_export(clock: Clock, checkpoint: Path, folder: Path, words: Sequence
     return Row(f"export to Hugging Face, in {precision}", seconds, size)
 
 
-def measure_torch(trainer: Trainer, clock: Clock, path: Path, size: int) -> Iterator[Row]:
+def measure_torch(trainer: Trainer, clock: Clock, path: Path, size: int, *, loads: bool) -> Iterator[Row]:
     """Save the same bytes as one list of tensors, in one file of each rank, without digests."""
     import torch
 
@@ -242,8 +247,9 @@ def measure_torch(trainer: Trainer, clock: Clock, path: Path, size: int) -> Iter
             fragment.tensor.copy_(tensor)
 
     yield Row("torch.save and fsync", clock.time(save), size)
-    forget(path)
-    yield Row("torch.load and copy", clock.time(load), size)
+    if loads:
+        forget(path)
+        yield Row("torch.load and copy", clock.time(load), size)
     path.unlink()
 
 

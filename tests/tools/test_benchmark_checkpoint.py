@@ -32,11 +32,12 @@ def test_each_way_to_save_and_load_is_measured_and_nothing_stays(tmp_path):
     for what in WAYS:
         assert any(row.startswith(what) for row in rows), run.stdout
     assert list(tmp_path.iterdir()) == [kept]
-    again = [*tool, "--checkpoint", str(kept), *RUN, "--zero-stage", "2"]
+    again = [*tool, "--checkpoint", str(kept), *RUN, "--zero-stage", "2", "--other", "--zero-stage 0 --precision fp32"]
     run = subprocess.run(again, capture_output=True, text=True, check=False, timeout=300)
     assert run.returncode == 0, run.stderr
-    (row,) = [line for line in run.stdout.splitlines() if line.endswith("GB/s")]
-    assert row.startswith("load of another layout")
+    first, second = [line for line in run.stdout.splitlines() if line.endswith("GB/s")]
+    assert first.startswith("load into the layout of the flags")
+    assert second.startswith("load into --zero-stage 0")
 
 
 def test_parts_can_be_left_out(tmp_path):
