@@ -185,6 +185,6 @@ def read_run_config(path: Path) -> RunConfig:
         config = RunConfig.from_json(read_json(file, CONFIG_FILE))
     except ConfigError as error:
         raise CheckpointError(f"{file}: {' '.join(error.messages)}") from error
-    if broken := list(broken_model_rules(config)):
+    if broken := list(broken_model_rules(config.model)):
         raise CheckpointError(f"{file}: {' '.join(broken)}")
     return config
