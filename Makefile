@@ -17,7 +17,7 @@ quickstart:  ## train a small GPT on the standard library's sources, resume it, 
 test:  ## run the test suite on the CPU
 	@$(environment) tools/test.sh
 
-chaos:  ## kill training runs 200 times, resume each and compare every loss bit for bit: about 15 minutes
+chaos:  ## kill training runs 200 times, resume each and compare every loss bit for bit: 18 to 27 minutes
 	@$(environment) tools/chaos.sh
 
 checks:  ## style, types, floors, shell scripts, generated documents

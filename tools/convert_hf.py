@@ -11,9 +11,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.config.errors import UserError, tell
+
+if TYPE_CHECKING:
+    from megatron.config.sections import RunConfig
 
 WRONG = 1
 """Exit code of a conversion whose logits differ."""
@@ -107,14 +110,12 @@ def run_export(arguments: argparse.Namespace) -> int:
     import dataclasses
 
     from megatron.checkpoint.fragments import open_tensors
-    from megatron.config.sections import RunConfig
     from megatron.convert.hugging_face.check import require_transformers
     from megatron.convert.hugging_face.exporting import export_model
 
     if not arguments.no_check:
         require_transformers()
-    path, sections = open_checkpoint(arguments.load, arguments.load_tag)
-    config = RunConfig.from_json(sections)
+    path, config = open_checkpoint(arguments.load, arguments.load_tag)
     data, precision = config.data, arguments.dtype or config.training.precision
     if arguments.tokenizer_model is not None:
         changes: dict[str, Any] = {"vocab_file": None, "merge_file": None, "tokenizer_model": arguments.tokenizer_model}
@@ -135,9 +136,10 @@ def run_export(arguments: argparse.Namespace) -> int:
     return check(arguments, arguments.hf, path, config.model, made.num_parameters, precision)
 
 
-def open_checkpoint(root: Path, tag: str | None) -> tuple[Path, dict[str, Any]]:
+def open_checkpoint(root: Path, tag: str | None) -> tuple[Path, RunConfig]:
     """Find the checkpoint to use, verify it, and read the config of its run."""
-    from megatron.checkpoint.find import find_checkpoint, read_checkpoint
+    from megatron.checkpoint.find import find_checkpoint
+    from megatron.checkpoint.state_file import read_run_config
     from megatron.training.control import Control
 
     path = find_checkpoint(root, Control.alone(), lambda text: print(text, file=sys.stderr), tag)
@@ -145,7 +147,7 @@ def open_checkpoint(root: Path, tag: str | None) -> tuple[Path, dict[str, Any]]:
         raise UserError(
             f"--load {root} holds no checkpoint: give a folder that --save named, or one of its checkpoints"
         )
-    return path, read_checkpoint(path).config
+    return path, read_run_config(path)
 
 
 def check(arguments: argparse.Namespace, folder: Path, path: Path, model: Any, parameters: int, precision: str) -> int:

@@ -99,8 +99,8 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 def open_checkpoint(root: Path) -> tuple[Path, RunConfig]:
     """Find the checkpoint to use, verify it, and read the config of its run."""
-    from megatron.checkpoint.find import find_checkpoint, read_checkpoint
-    from megatron.config.sections import RunConfig
+    from megatron.checkpoint.find import find_checkpoint
+    from megatron.checkpoint.state_file import read_run_config
     from megatron.training.control import Control
 
     path = find_checkpoint(root, Control.alone(), warn=lambda text: print(text, file=sys.stderr))
@@ -108,7 +108,7 @@ def open_checkpoint(root: Path) -> tuple[Path, RunConfig]:
         raise UserError(
             f"--load {root} holds no checkpoint: give a folder that --save named, or one of its checkpoints"
         )
-    return path, RunConfig.from_json(read_checkpoint(path).config)
+    return path, read_run_config(path)
 
 
 def with_tokenizer_files(data: DataConfig, arguments: argparse.Namespace) -> DataConfig:

@@ -80,9 +80,9 @@ def show(path: Path, *, with_config: bool) -> list[str]:
     Raises:
         CheckpointError: it cannot be read at all.
     """
-    from megatron.checkpoint.find import read_checkpoint
     from megatron.checkpoint.fragments import open_tensors
     from megatron.checkpoint.manifest import read_manifest, unlisted, wrong_sizes
+    from megatron.checkpoint.state_file import read_checkpoint
 
     files = read_manifest(path)
     loaded, tensors = read_checkpoint(path), open_tensors(path)

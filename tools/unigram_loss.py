@@ -21,12 +21,15 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
+from megatron.checkpoint.find import find_checkpoint
+from megatron.checkpoint.state_file import read_run_config
 from megatron.config.errors import UserError
 from megatron.config.run import RunConfig
 from megatron.data.datasets import build_datasets
 from megatron.data.indexed import IndexedDataset
 from megatron.data.split import parse_split, split_documents
 from megatron.data.tokenizer.build import build_tokenizer
+from megatron.training.control import Control
 
 
 class ComparisonError(UserError, ValueError):
@@ -81,13 +84,10 @@ def read_config(checkpoints: Path) -> RunConfig:
     Raises:
         ComparisonError: there is none.
     """
-    latest = checkpoints / "latest"
-    if not latest.is_file():
-        raise ComparisonError(
-            f"--load {checkpoints} holds no checkpoint (no file `latest`): name a run's --save folder."
-        )
-    tag = latest.read_text(encoding="utf-8").strip()
-    return RunConfig.from_json(json.loads((checkpoints / tag / "config.json").read_text(encoding="utf-8")))
+    path = find_checkpoint(checkpoints, Control.alone(), lambda text: print(text, file=sys.stderr))
+    if path is None:
+        raise ComparisonError(f"--load {checkpoints} holds no checkpoint: name a run's --save folder.")
+    return read_run_config(path)
 
 
 def read_validation_loss(metrics_file: Path) -> tuple[float, int, int]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
+from megatron.checkpoint.schema import COUNT, OBJECT, TEXT, Entries, Shape, require
 
 DTYPES = {
     torch.float64: "F64",
@@ -46,6 +47,10 @@ class Digest:
 
     bytes: int
     sha256: str
+
+
+DIGEST = Entries({"bytes": COUNT, "sha256": TEXT}, closed=True)
+"""A digest in JSON."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Digest:
@@ -86,11 +91,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> Digest:
         return hashed.finish()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, shape: Shape = OBJECT) -> dict[str, Any]:
     """Read a JSON object.
 
+    Args:
+        path: the file.
+        shape: what it must be; what comes back is that.
+
     Raises:
-        CheckpointError: it is missing or none.
+        CheckpointError: it is missing or no JSON; or names the first entry that is not what it must be.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -100,6 +109,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object: the checkpoint is damaged, load another one")
+    require(value, shape, path)
     return value
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.files import Digest, read_json
+from megatron.checkpoint.files import Digest
 from megatron.checkpoint.manifest import read_manifest, share_of, wrong_bytes, wrong_sizes
 from megatron.checkpoint.names import CONFIG, LATEST, MANIFEST, STATE, folder_of, tag_of
 from megatron.checkpoint.ranks import Ranks
@@ -85,24 +83,6 @@ def refuse_foreign(root: Path, resumed: Path | None, ranks: Ranks) -> None:
             f"--save {root} holds checkpoints of another run, up to iteration {present[-1]}: add --load {root} to "
             "continue it, or give another folder"
         )
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a checkpoint says besides its tensors.
-
-    Attributes:
-        state: counters, layout, the engine's numbers.
-        config: the sections of the run that saved it.
-    """
-
-    state: dict[str, Any]
-    config: dict[str, Any]
-
-
-def read_checkpoint(path: Path) -> Loaded:
-    """Read the JSON files of a checkpoint that was found whole."""
-    return Loaded(state=read_json(path / STATE), config=read_json(path / CONFIG))
 
 
 def problem_of(path: Path, ranks: Ranks) -> str | None:

@@ -120,11 +120,7 @@ def open_tensors(folder: Path) -> LogicalTensors:
         CheckpointError: there is no list of them, or it is damaged.
     """
     path = folder / TENSORS
-    content = read_json(path)
-    try:
-        return LogicalTensors(folder, parse_tensors(content))
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    return LogicalTensors(folder, parse_tensors(read_json(path), path))
 
 
 class LogicalTensors:
@@ -297,7 +293,10 @@ class LogicalTensors:
     def _check(self, name: str, kind: str) -> None:
         self._require(name, kind)
         if (name, kind) not in self._checked:
-            check_tiling(self._tensor(name), kind)
+            try:
+                check_tiling(self._tensor(name), kind)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.folder / TENSORS}: {error}") from error
             self._checked.add((name, kind))
 
 

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.files import Digest, digest_of, read_json, write_json
-from megatron.checkpoint.names import MANIFEST, check_name, is_name, size_of
+from megatron.checkpoint.files import DIGEST, Digest, digest_of, read_json, write_json
+from megatron.checkpoint.names import MANIFEST, check_name, size_of
+from megatron.checkpoint.schema import COUNT, TEXT, Entries, Named, require
 
 VERSION = 2
 """Of the files of a checkpoint; version 1 had DeepSpeed's."""
+
+MANIFEST_FILE = Entries({"version": COUNT, "files": Named(DIGEST), "sha256": TEXT}, closed=True)
 
 LARGEST_MANIFEST = 256 * 2**20
 HASHING_THREADS = 4
@@ -44,9 +47,8 @@ def read_manifest(folder: Path) -> dict[str, Digest]:
             f"{path} has version {str(manifest.get('version', 'none'))[:20]}, and this program reads version "
             f"{VERSION}: load it with the program that wrote it"
         )
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not all(_is_digest(digest) for digest in files.values()):
-        raise CheckpointError(f"{path} does not list files with their size and SHA-256: it is damaged")
+    require(manifest, MANIFEST_FILE, path)
+    files = manifest["files"]
     for name in files:
         check_name(name, path)
     if path.read_bytes() != (json.dumps(_sealed(files), indent=1) + "\n").encode():
@@ -99,13 +101,3 @@ def share_of(files: Mapping[str, Digest], rank: int, size: int) -> list[str]:
 def _sealed(files: Mapping[str, Any]) -> dict[str, Any]:
     content = {"version": VERSION, "files": dict(files)}
     return {**content, "sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
-
-
-def _is_digest(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and set(value) == {"bytes", "sha256"}
-        and type(value["bytes"]) is int
-        and value["bytes"] >= 0
-        and is_name(value["sha256"])
-    )

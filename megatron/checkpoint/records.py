@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import Any
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.files import Digest, read_json, sync_folder, write_json
+from megatron.checkpoint.files import DIGEST, Digest, read_json, sync_folder, write_json
+from megatron.checkpoint.schema import OBJECT, TEXT, Entries, Items, Named, Nullable
 
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 120.0
@@ -30,6 +31,8 @@ HURRIED_SECONDS = 4.0
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.01, 0.5
 """Between two looks at the folder, in seconds; it grows."""
+
+RECORD_FILE = Entries({"error": Nullable(TEXT), "files": Named(DIGEST), "tensors": Items(OBJECT)}, closed=True)
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def read_record(staging: Path, rank: int) -> Part:
     Raises:
         CheckpointError: it could not write.
     """
-    content = read_json(staging / record_file(rank))
+    content = read_json(staging / record_file(rank), RECORD_FILE)
     if content["error"] is not None:
         raise CheckpointError(content["error"])
     return Part({name: Digest(**digest) for name, digest in content["files"].items()}, content["tensors"])

@@ -7,15 +7,46 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.files import Digest, write_tensors
 from megatron.checkpoint.names import rng_file, size_of
+from megatron.checkpoint.schema import COUNT, NUMBER, Entries, Nullable, Shape, counts, require
 
 NUMBERS = "numbers"
 """Key of the header under which the numbers are."""
+
+
+def _vector(dtype: torch.dtype, length: int | None = None) -> Shape:
+    def fits(value: object) -> bool:
+        is_one = isinstance(value, Tensor) and value.dtype is dtype and value.dim() == 1
+        return is_one and length in (None, len(value))  # type: ignore[arg-type]
+
+    return Shape(f"a tensor of {'' if length is None else f'{length} '}{str(dtype).removeprefix('torch.')}", fits)
+
+
+WORDS = 624
+"""Of the state of a Mersenne twister, which numpy and Python draw from."""
+
+STREAMS = Entries(
+    {
+        "cpu": _vector(torch.uint8),
+        "numpy": Entries(
+            {
+                "key": _vector(torch.int64, WORDS),
+                "position": counts(0, WORDS),  # numpy reads there without looking
+                "has_gauss": counts(0, 1),
+                "gauss": NUMBER,
+            }
+        ),
+        "python": Entries({"version": COUNT, "key": _vector(torch.int64, WORDS + 1), "gauss": Nullable(NUMBER)}),
+    },
+    {"device": _vector(torch.uint8)},
+)
+"""What `megatron.parallel.random.RandomStreams` keeps."""
 
 
 def write_streams(path: Path, streams: Mapping[str, Any]) -> Digest:
@@ -59,6 +90,7 @@ def read_streams(folder: Path, rank: int) -> dict[str, Any]:
             f"{path} holds no random streams ({type(error).__name__}: {error}): load another checkpoint, or give "
             "--no-load-rng"
         ) from error
+    require(streams, STREAMS, path)
     return streams
 
 

@@ -9,7 +9,6 @@ All fragments of a tensor are ranges of the shards of one division. It is read a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,13 +17,27 @@ import torch
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.files import DTYPES
+from megatron.checkpoint.names import TENSORS, is_name
 from megatron.checkpoint.ranges import normalized, shard_numel
+from megatron.checkpoint.schema import (
+    COUNT,
+    TEXT,
+    Entries,
+    Items,
+    MisfitError,
+    Named,
+    Nullable,
+    OneOf,
+    Row,
+    Shape,
+    counts,
+    require,
+)
 from megatron.parallel.sharding import Sharding
 
 VERSION = 1
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
-FILE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
-"""A file of the checkpoint's own folder."""
+FILE = Shape("the name of a file of its own folder", is_name)
 
 
 @dataclass(frozen=True)
@@ -59,8 +72,45 @@ class StoredTensor:
         return replace(self.sharding, rank=index)
 
 
-def parse_tensors(content: Mapping[str, Any]) -> dict[str, StoredTensor]:
+class _Tensor(Entries):
+    """A tensor, whose fragments are of shards that there are."""
+
+    def __init__(self) -> None:
+        fragments = Items(Row(COUNT, COUNT, counts(1), FILE, TEXT))
+        kind = Entries({"dtype": OneOf(*TORCH_DTYPES), "fragments": fragments})
+        super().__init__(
+            {
+                "logical_shape": Items(COUNT),
+                "dim": Nullable(COUNT),
+                "num_shards": counts(1),
+                "blocks": Items(counts(1)),
+                "groups": counts(1),
+                "padding": COUNT,
+                "kinds": Named(kind),
+            }
+        )
+
+    def check(self, value: Any) -> None:
+        """See `Shape.check`."""
+        super().check(value)
+        num_shards = _sharding(value).num_shards
+        for name, kind in value["kinds"].items():
+            for index, (shard, *_) in enumerate(kind["fragments"]):
+                if shard >= num_shards:
+                    raise MisfitError(
+                        f"is {shard}, of {num_shards} shards", "kinds", name, "fragments", str(index), "0"
+                    )
+
+
+TENSORS_FILE = Entries({"version": COUNT, "tensors": Named(_Tensor())})
+
+
+def parse_tensors(content: Mapping[str, Any], source: object = TENSORS) -> dict[str, StoredTensor]:
     """Read the content of a `tensors.json`.
+
+    Args:
+        content: of the file.
+        source: the file, for the sentence.
 
     Raises:
         CheckpointError: it is of another version, or not what this module describes.
@@ -68,13 +118,11 @@ def parse_tensors(content: Mapping[str, Any]) -> dict[str, StoredTensor]:
     version = content.get("version")
     if version != VERSION:
         raise CheckpointError(
-            f"the checkpoint's tensors are written in version {version!r} of the format, and this is {VERSION}: "
-            "load it with the release that wrote it"
+            f"{source}: the tensors are written in version {str(version)[:20]} of the format, and this is {VERSION}: "
+            "load the checkpoint with the release that wrote it"
         )
-    try:
-        return {name: _tensor(name, value) for name, value in content["tensors"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"the checkpoint's list of tensors is damaged ({error}): load another one") from error
+    require(content, TENSORS_FILE, source)
+    return {name: _tensor(name, value) for name, value in content["tensors"].items()}
 
 
 def check_tiling(tensor: StoredTensor, kind: str) -> None:
@@ -111,37 +159,42 @@ def _place(tensor: StoredTensor, kind: str, shard: int) -> str:
 
 
 def _tensor(name: str, value: Mapping[str, Any]) -> StoredTensor:
-    sharding = Sharding(
-        logical_shape=tuple(_count(size) for size in value["logical_shape"]),
-        dim=None if value["dim"] is None else _count(value["dim"]),
-        num_shards=_count(value["num_shards"], least=1),
-        blocks=tuple(_count(block, least=1) for block in value["blocks"]),
-        groups=_count(value["groups"], least=1),
-        padding=_count(value["padding"]),
-    )
-    if sharding != normalized(sharding):
-        raise ValueError(f"{name} is divided over {sharding.num_shards} ranks along no dimension")
-    if sharding.dim is not None and sharding.dim >= len(sharding.logical_shape):
-        raise ValueError(f"{name} has no dimension {sharding.dim}")
-    shard_numel(sharding)  # it must divide
-    return StoredTensor(name, sharding, {kind: _kind(sharding, item) for kind, item in value["kinds"].items()})
+    return StoredTensor(name, _sharding(value), {kind: _kind(item) for kind, item in value["kinds"].items()})
 
 
-def _kind(sharding: Sharding, value: Mapping[str, Any]) -> StoredKind:
-    fragments = []
-    for shard, start, length, file, key in value["fragments"]:
-        if not isinstance(file, str) or not FILE.fullmatch(file) or not isinstance(key, str):
-            raise ValueError(f"{file!r} is no file of a checkpoint")
-        if _count(shard) >= sharding.num_shards:
-            raise ValueError(f"shard {shard} of {sharding.num_shards}")
-        fragments.append(StoredFragment(shard, _count(start), _count(length, least=1), file, key))
-    if value["dtype"] not in TORCH_DTYPES:
-        raise ValueError(f"dtype {value['dtype']!r}")
+def _kind(value: Mapping[str, Any]) -> StoredKind:
+    fragments = [StoredFragment(*fragment) for fragment in value["fragments"]]
     ordered = sorted(fragments, key=lambda fragment: (fragment.shard, fragment.start))
     return StoredKind(dtype=TORCH_DTYPES[value["dtype"]], fragments=tuple(ordered))
 
 
-def _count(value: Any, least: int = 0) -> int:
-    if type(value) is not int or value < least:
-        raise ValueError(f"{value!r} is no whole number from {least}")
-    return value
+def _sharding(value: Mapping[str, Any]) -> Sharding:
+    """Make the division of a tensor of its entries.
+
+    Raises:
+        MisfitError: they do not go together.
+    """
+    shape, dim = tuple(value["logical_shape"]), value["dim"]
+    sharding = Sharding(
+        logical_shape=shape,
+        dim=dim,
+        num_shards=value["num_shards"],
+        blocks=tuple(value["blocks"]),
+        groups=value["groups"],
+        padding=value["padding"],
+    )
+    if dim is not None and dim >= len(shape):
+        raise MisfitError(f"is {dim}, and the shape has {len(shape)} dimensions", "dim")
+    if sharding != normalized(sharding) or (dim is not None and sharding.num_shards > shape[dim]):
+        raise MisfitError(
+            f"is {sharding.num_shards}, and the shape {list(shape)} has no such parts along {dim}", "num_shards"
+        )
+    if sharding.padding > (0 if dim is None else shape[dim]):
+        raise MisfitError(
+            f"is {sharding.padding}, more than there is along {dim} of the shape {list(shape)}", "padding"
+        )
+    try:
+        shard_numel(sharding)
+    except ValueError as error:
+        raise MisfitError(f"does not divide the shape ({error})", "groups") from None
+    return sharding

@@ -22,17 +22,8 @@ from megatron.checkpoint.fragments import (
 )
 from megatron.checkpoint.names import tag_of
 from megatron.checkpoint.retention import remove
+from megatron.checkpoint.state_file import COUNTERS
 from megatron.parallel.sharding import Sharding
-
-COUNTERS = (
-    "iteration",
-    "consumed_samples",
-    "consumed_tokens",
-    "skipped_steps",
-    "nonfinite_steps",
-    "nonfinite_streak",
-)
-"""What a run counts; those that an import does not know are 0."""
 
 
 def write_checkpoint(

@@ -57,16 +57,24 @@ def checkpoint_args(given: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 def _configs(root: Path, tag: str | None) -> Iterator[Path]:
     """Give the config files that may be meant: of the tag, of the folder itself, of the newest checkpoint in it."""
     if tag is not None:
-        yield root / tag / "config.json"
+        if NAME.fullmatch(tag):
+            yield root / tag / "config.json"
         return
     yield root / "config.json"
-    try:
-        pointer = (root / "latest").read_bytes()[:LONGEST_NAME].decode().strip()
-    except (OSError, ValueError):
-        pointer = ""  # the names tell
-    if NAME.fullmatch(pointer):
+    if NAME.fullmatch(pointer := _pointer(root / "latest")):
         yield root / pointer / "config.json"
     yield from sorted(root.glob("step_*/config.json"), reverse=True)
+
+
+def _pointer(file: Path) -> str:
+    """Read the name in a small regular file; where it is none, such as a pipe, the names of the folder tell."""
+    try:
+        if file.is_symlink() or not file.is_file():
+            return ""
+        with open(file, "rb") as opened:
+            return opened.read(LONGEST_NAME).decode().strip()
+    except (OSError, ValueError):
+        return ""
 
 
 def _read(file: Path) -> dict[str, Mapping[str, Any]]:

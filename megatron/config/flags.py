@@ -52,6 +52,9 @@ class FlagInfo:
     derived: str | None = None
 
 
+LARGEST_INTEGER, LARGEST_FLOAT = 2**63 - 1, 1e308
+"""Of a value that is read back: JSON has numbers of any length."""
+
 DERIVED: Any = None
 """Default of a field that is computed from others when it is not given; `FlagInfo.derived` says how."""
 
@@ -128,12 +131,17 @@ class Flag:
         Raises:
             ValueError: with a sentence, when its type is not the field's.
         """
-        if value is None and (self.optional or self.info.derived):
-            return None
-        values = value if self.repeated and isinstance(value, list | tuple) else [value]
-        if self.repeated != isinstance(value, list | tuple) or not all(self._fits(item) for item in values):
+        if not self.takes(value):
             raise ValueError(f"{value!r} is not {self.type_text}")
-        return tuple(values) if self.repeated else value
+        return tuple(value) if self.repeated and value is not None else value
+
+    def takes(self, value: Any) -> bool:
+        """Whether a value that `json` read back is of the field's type."""
+        if value is None:
+            return self.optional or bool(self.info.derived)
+        if self.repeated:
+            return isinstance(value, list | tuple) and all(self._fits(item) for item in value)
+        return self._fits(value)
 
     @property
     def type_text(self) -> str:
@@ -143,7 +151,9 @@ class Flag:
 
     def _fits(self, value: Any) -> bool:
         if self.type is float:
-            return isinstance(value, int | float) and not isinstance(value, bool)
+            return type(value) in (int, float) and -LARGEST_FLOAT <= value <= LARGEST_FLOAT
+        if self.type is int:
+            return type(value) is int and -LARGEST_INTEGER <= value <= LARGEST_INTEGER
         return type(value) is self.type
 
     def _parse_word(self, word: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -25,9 +25,10 @@ from megatron.config import (
 from megatron.config.derived import data_parallel_size
 from megatron.config.errors import ConfigError
 from megatron.config.flags import Flag
-from megatron.config.sections import SECTIONS, RunConfig, all_flags
+from megatron.config.model import ModelConfig
+from megatron.config.sections import SECTIONS, RunConfig, flags_in
 
-__all__ = ["ConfigError", "broken_rules", "check_rules", "rules"]
+__all__ = ["ConfigError", "broken_model_rules", "broken_rules", "check_rules", "rules"]
 
 Rule = Callable[..., Iterator[str]]
 
@@ -60,13 +61,22 @@ def check_rules(config: RunConfig, world_size: int | None = None) -> None:
 
 def broken_rules(config: RunConfig, world_size: int | None = None) -> Iterator[str]:
     """Give a sentence for each broken rule: first the values that are illegal alone, then those that do not fit."""
-    yield from _illegal_values(config)
     known: dict[str, Any] = {section: getattr(config, section) for section in SECTIONS}
+    yield from _illegal_values(known)
     known["world_size"] = world_size
     known["data_parallel_size"] = data_parallel_size(config.parallel, world_size)
     for rule in rules():
         with contextlib.suppress(ZeroDivisionError):  # a zero that is illegal has been told already
             yield from rule(**{name: known[name] for name in inspect.signature(rule).parameters})
+
+
+def broken_model_rules(model: ModelConfig) -> Iterator[str]:
+    """Give a sentence for each rule that a model breaks by itself, whatever the run."""
+    yield from _illegal_values({"model": model})
+    for rule in rules():
+        if list(inspect.signature(rule).parameters) == ["model"]:
+            with contextlib.suppress(ZeroDivisionError):
+                yield from rule(model=model)
 
 
 def rules() -> Iterator[Rule]:
@@ -81,9 +91,9 @@ def _rules_of(module: ModuleType) -> Iterator[Rule]:
             yield value
 
 
-def _illegal_values(config: RunConfig) -> Iterator[str]:
-    for flag in all_flags().values():
-        value = getattr(getattr(config, flag.section), flag.name)
+def _illegal_values(sections: Mapping[str, Any]) -> Iterator[str]:
+    for flag in (flag for section in sections for flag in flags_in(section)):
+        value = getattr(sections[flag.section], flag.name)
         if value is None:
             continue
         for item in value if flag.repeated else (value,):

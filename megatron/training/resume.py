@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.find import find_checkpoint, read_checkpoint, refuse_foreign
+from megatron.checkpoint.find import find_checkpoint, refuse_foreign
 from megatron.checkpoint.fragments import WEIGHT, LogicalTensors, open_tensors
+from megatron.checkpoint.names import rng_file
+from megatron.checkpoint.state_file import read_checkpoint
 from megatron.checkpoint.streams import has_streams, read_streams
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.data.tokenizer_check import TokenizerLike
@@ -60,14 +62,14 @@ class Resume:
     @property
     def training(self) -> Mapping[str, Any]:
         """What the checkpoint says of its training; empty for one that was converted from another program's."""
-        said = self.saved.get(TRAINING)
-        return said if isinstance(said, Mapping) else {}
+        said: Mapping[str, Any] = self.saved.get(TRAINING, {})
+        return said
 
     @property
     def run(self) -> Mapping[str, Any]:
         """What the run that saved said of itself (`verify.describe_run`)."""
-        said = self.training.get("run")
-        return said if isinstance(said, Mapping) else {}
+        said: Mapping[str, Any] = self.training.get("run", {})
+        return said
 
     def changed(self, *kinds: Kind) -> list[Difference]:
         """List the differences of these kinds."""
@@ -120,7 +122,7 @@ def find_resume(
         saved=found.state,
         state=TrainState() if weights_only else TrainState.from_json(found.state["counters"]),
         differences=tuple(differences),
-        layout=tuple(_moved(found.state.get("layout", {}), place.layout, {one.name for one in differences})),
+        layout=tuple(_moved(found.state["layout"], place.layout, {one.name for one in differences})),
         takes_optimizer=with_optimizer,
         takes_streams=trains and not weights_only and not checkpoint.no_load_rng,
         takes_progress=not weights_only,
@@ -186,9 +188,9 @@ def restore(resume: Resume, engine: Engine, place: Place, seed: int, *, drops: b
         place.streams.seed(seed, place.groups, resume.state.iteration)
         told = f"new random streams begin, which follow from seed, iteration and rank: {streams}"
     else:
-        place.streams.load_state_dict(streams)
+        _continue_streams(resume, place, streams)
         tensor = "tensor_model_parallel_size"
-        same = resume.saved.get("layout", {}).get(tensor, 1) == place.layout[tensor]
+        same = resume.saved["layout"].get(tensor, 1) == place.layout[tensor]
         told = "" if same else "the random streams continue; fused dropout draws the masks of an uninterrupted run"
     if drops and told:
         say(f" {told}")
@@ -199,15 +201,31 @@ def streams_continue(resume: Resume, place: Place) -> bool:
     return not isinstance(_streams_of(resume, place), str)
 
 
+def _continue_streams(resume: Resume, place: Place, streams: Mapping[str, Any]) -> None:
+    try:
+        place.streams.load_state_dict(streams)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # of the right form, and no state of theirs
+        raise CheckpointError(
+            f"{resume.path / rng_file(_stream_of(resume, place))} holds no random streams ({error}): load another "
+            "checkpoint, or give --no-load-rng"
+        ) from error
+
+
+def _stream_of(resume: Resume, place: Place) -> int:
+    """Tell which rank of the run that saved drew what this one's place draws."""
+    size: int = resume.saved["layout"].get("tensor_model_parallel_size", 1)
+    return stream_number(place.groups) * size
+
+
 def _streams_of(resume: Resume, place: Place) -> Mapping[str, Any] | str:
     """Read the streams of this rank's place, the same on all its tensor ranks; or say why there are none."""
     if not resume.takes_streams:
         return "the flags take none of the checkpoint's"
-    saved = resume.saved.get("layout", {})
+    saved = resume.saved["layout"]
     other = [name.replace("_", "-") for name in PLACES if saved.get(name, 1) != place.layout[name]]
     if other:
         return f"the checkpoint's are those of another {' and '.join(other)}"
-    rank = stream_number(place.groups) * int(saved.get("tensor_model_parallel_size", 1))
+    rank = _stream_of(resume, place)
     if not has_streams(resume.path, rank):
         return "the checkpoint holds none"
     streams = read_streams(resume.path, rank)

@@ -16,9 +16,14 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
+from megatron.checkpoint.schema import BITS, COUNT, OBJECT, Entries, fits
+
 STEPS = "steps.jsonl"
 KEPT_STEPS = 10_000
 """Steps that stay, about a megabyte; up to twice as many are in the file."""
+
+START = Entries({"start": COUNT, "run": OBJECT})
+STEP = Entries({"iteration": COUNT, "loss": BITS, "grad_norm": BITS}, closed=True)
 
 
 @dataclass(frozen=True)
@@ -139,14 +144,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
     for line in text.splitlines():
         try:
             record = json.loads(line)
-            start, step = record.get("start"), record.get("iteration")
-            whole = (
-                isinstance(record["run"], dict)
-                if type(start) is int
-                else type(step) is int
-                and all(float.fromhex(record[name]) is not None for name in ("loss", "grad_norm"))
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+        except (ValueError, RecursionError):
             continue
-        if whole:
+        if fits(record, START) or fits(record, STEP):
             yield record

@@ -17,6 +17,8 @@ import torch
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.fragments import LogicalTensors, open_tensors
+from megatron.checkpoint.schema import fits
+from megatron.checkpoint.state_file import RUN
 from megatron.config.checkpoint import CheckpointConfig
 from megatron.engine.interface import Engine
 from megatron.training.control import Control
@@ -224,7 +226,7 @@ def verify_resume(
     recorded: RecordedSteps = control.of_first(
         read_steps(resume.path.parent / STEPS, resume.state.iteration) if control.is_first else None
     )
-    if not recorded.steps:
+    if not recorded.steps or not fits(recorded.run, RUN):  # or it is not said what their numbers depend on
         say(" no step after the checkpoint was recorded that could be compared")
         return None
     comparison = compare_runs(recorded.run, proof.run, in_training=True, same_streams=streams_continue(resume, place))

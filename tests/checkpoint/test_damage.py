@@ -7,9 +7,10 @@ import pytest
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.files import digest_of
-from megatron.checkpoint.find import find_checkpoint, read_checkpoint
+from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.fragments import open_tensors
 from megatron.checkpoint.manifest import read_manifest, write_manifest
+from megatron.checkpoint.state_file import read_checkpoint
 from megatron.checkpoint.streams import read_streams
 from megatron.training.control import Control
 from tests.checkpoint import toy

@@ -134,7 +134,7 @@ def test_name_that_may_lead_elsewhere_is_refused_everywhere(tmp_path, name):
     tensors = json.loads((folder / "tensors.json").read_text())
     tensors["tensors"]["w"]["kinds"]["weight"]["fragments"][0][3] = name
     (folder / "tensors.json").write_text(json.dumps(tensors))
-    with pytest.raises(CheckpointError, match="no file of a checkpoint"):
+    with pytest.raises(CheckpointError, match="instead of the name of a file of its own folder"):
         open_tensors(folder)
 
 
@@ -199,10 +199,10 @@ MANIFESTS = {
     '{"version": 1, "files": {}}': VERSION.format("1"),
     '{"version": 3, "files": {}}': VERSION.format("3"),
     '{"version": true, "files": {}}': VERSION.format("True"),
-    '{"version": 2}': "does not list files",
-    '{"version": 2, "files": 3}': "does not list files",
-    '{"version": 2, "files": {"state.json": 5}}': "does not list files",
-    '{"version": 2, "files": {"state.json": {"bytes": -1, "sha256": ""}}}': "does not list files",
+    '{"version": 2}': "files is missing, and must be an object",
+    '{"version": 2, "files": 3, "sha256": ""}': "files is 3 instead of an object",
+    '{"version": 2, "files": {"state.json": 5}, "sha256": ""}': "files.state.json is 5 instead of an object",
+    '{"version": 2, "files": {"state.json": {"bytes": -1, "sha256": ""}}, "sha256": ""}': "bytes is -1 instead",
     '{"version": 2, "files": {}, "sha256": ""}': "does not have its own SHA-256",
     "[" * 100_000: "cannot be read",
     '{"version": ' + "9" * 10_000 + "}": "cannot be read",

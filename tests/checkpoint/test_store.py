@@ -15,8 +15,9 @@ import torch
 from megatron.checkpoint import commit, records, space
 from megatron.checkpoint import store as store_module
 from megatron.checkpoint.errors import CheckpointError
-from megatron.checkpoint.find import find_checkpoint, read_checkpoint, refuse_foreign
+from megatron.checkpoint.find import find_checkpoint, refuse_foreign
 from megatron.checkpoint.fragments import open_tensors
+from megatron.checkpoint.state_file import COUNTERS, read_checkpoint
 from megatron.checkpoint.streams import has_streams, read_streams
 from megatron.training.control import Control
 from tests.checkpoint import toy
@@ -45,11 +46,11 @@ def test_saved_checkpoint_is_found_and_read(tmp_path, background):
     assert path == saved.path == tmp_path / "step_0000010"
     assert said == []
     loaded = read_checkpoint(path)
-    assert loaded.state["counters"] == {"iteration": 10}
+    assert loaded.state["counters"] == {**dict.fromkeys(COUNTERS, 0), "iteration": 10}
     assert loaded.config == {"model": {"num_layers": 2}}
     assert holds(path, 10)
     read = read_streams(path, rank=0)
-    assert torch.equal(read["cpu"], torch.arange(3))
+    assert torch.equal(read["cpu"], toy.streams()["cpu"])
     assert read["python"]["gauss"] is None
     assert read["python"]["version"] == 3
     assert not has_streams(path, rank=1)

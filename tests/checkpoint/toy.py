@@ -3,7 +3,9 @@
 import torch
 
 from megatron.checkpoint.fragments import Fragment
+from megatron.checkpoint.state_file import COUNTERS
 from megatron.checkpoint.store import CheckpointStore, Snapshot
+from megatron.parallel.random import RandomStreams
 from megatron.parallel.sharding import Sharding
 from megatron.training.control import Control
 
@@ -27,11 +29,14 @@ def fragments(iteration, rank=0, size=1):
 
 
 def streams():
-    return {"cpu": torch.arange(3), "python": {"version": 3, "gauss": None, "key": torch.arange(2)}}
+    """Such as every run has, of a fixed seed."""
+    state = RandomStreams(torch.device("cpu")).state_dict()
+    return {**state, "cpu": torch.Generator().manual_seed(3).get_state()}
 
 
 def snapshot(iteration, rank=0, size=1):
-    state = {"counters": {"iteration": iteration}, "layout": {"data_parallel_size": size}, "engine": {}}
+    counters = {**dict.fromkeys(COUNTERS, 0), "iteration": iteration}
+    state = {"counters": counters, "layout": {"data_parallel_size": size}, "engine": {}}
     return Snapshot(iteration=iteration, fragments=fragments(iteration, rank, size), state=state, streams=streams())
 
 

@@ -1,6 +1,7 @@
 """`--use-checkpoint-args`: the model's flags come from the checkpoint, and a flag that is given wins."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,20 @@ def test_the_checkpoint_is_the_one_that_is_loaded(tmp_path: Path) -> None:
         (tmp_path / "step_0000015" / "latest").write_text(pointer)
         (tmp_path / "latest").write_text(pointer)
         assert load(tmp_path).config.model.num_layers == 15
+
+
+def test_nothing_is_read_outside_of_the_folder_and_no_pipe_is_waited_for(tmp_path: Path) -> None:
+    write(tmp_path / "run" / "step_0000005")
+    write(tmp_path / "outside", num_layers=99)
+    for tag in ("../outside", str(tmp_path / "outside"), "..", ""):
+        with pytest.raises(ConfigError, match=r"holds no checkpoint with a config\.json"):
+            load(tmp_path / "run", "--load-tag", tag)
+    pointer = tmp_path / "run" / "latest"
+    os.mkfifo(pointer)
+    assert load(tmp_path / "run").config.model.num_layers == 3
+    pointer.unlink()
+    pointer.symlink_to("/dev/zero")
+    assert load(tmp_path / "run").config.model.num_layers == 3
 
 
 def test_what_is_wrong_is_a_sentence(tmp_path: Path) -> None:

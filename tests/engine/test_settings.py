@@ -109,6 +109,14 @@ def test_linear_layers_add_no_bias_in_place_where_their_products_are_kept(granul
     assert zero["memory_efficient_linear"] == (granularity != "products")
 
 
+def test_zero_3_gathers_a_block_at_a_time():
+    from megatron.model.block import Block  # which needs torch
+
+    leaves = build(stage=3)["zero_optimization"]["leaf_module"]["classes"]
+    assert leaves == [f"{Block.__module__}.{Block.__qualname__}"]
+    assert "leaf_module" not in build(stage=2)["zero_optimization"]
+
+
 def test_weights_on_the_host_are_pinned_for_a_gpu():
     zero = build(stage=3, remote_device="cpu", device_type="cuda")["zero_optimization"]
     assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}

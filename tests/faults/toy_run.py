@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron.checkpoint.find import find_checkpoint, read_checkpoint
+from megatron.checkpoint.find import find_checkpoint
 from megatron.checkpoint.fragments import Fragment, open_tensors
+from megatron.checkpoint.state_file import read_checkpoint
 from megatron.checkpoint.store import CheckpointStore
 from megatron.checkpoint.streams import read_streams
 from megatron.parallel.random import RandomStreams

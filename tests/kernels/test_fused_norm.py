@@ -53,12 +53,32 @@ def test_norm_and_its_gradients_are_as_exact_as_plain_torch(device, columns, x_d
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("columns", [1, 3, 31, 2048, 8200, 16384])
+@pytest.mark.parametrize("columns", [1, 3, 31, 2048, 6143, 8200, 16384])
 def test_rows_of_any_length_to_16k(device, columns):
     rows = 1 if columns > 4096 and device == "cpu" else 3
     check(device, rows, columns, torch.bfloat16, torch.bfloat16, centred=True, added=True)
     if rows > 1:
         check(device, rows, columns, torch.float32, torch.float32, centred=False, added=False)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("columns", [4096, 8208])
+def test_blocks_of_backward_take_many_rows_in_turn(columns, centred, device):
+    rows = 3000 if device == "cuda" else 32 if columns == 4096 else 13  # an emulated GPU has three multiprocessors
+    check(device, rows, columns, torch.bfloat16, torch.bfloat16, centred=centred, added=centred)
+
+
+@pytest.mark.parametrize(("columns", "shared_kib"), [(264, 64), (8208, 80)])
+def test_a_gpu_with_less_shared_memory_keeps_fewer_rows_on_their_way(columns, shared_kib, monkeypatch):
+    monkeypatch.setenv("EMULATED_SHARED_BYTES", str(shared_kib * 1024))
+    check("cpu", 9, columns, torch.bfloat16, torch.bfloat16, centred=True, added=True)
+
+
+def test_a_gpu_with_too_little_shared_memory_is_told_the_way_out(monkeypatch):
+    monkeypatch.setenv("EMULATED_SHARED_BYTES", str(48 * 1024))
+    with pytest.raises(ValueError, match="over 8208 columns: run with --no-norm-fusion"):
+        check("cpu", 1, 8208, torch.bfloat16, torch.bfloat16, centred=True, added=False)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -2,8 +2,8 @@
 
 import torch
 
-from megatron.checkpoint.find import read_checkpoint
 from megatron.checkpoint.fragments import open_tensors
+from megatron.checkpoint.state_file import read_checkpoint
 from megatron.checkpoint.streams import has_streams
 from megatron.training.checkpoint import CheckpointWriter
 from megatron.training.state import TrainState
@@ -15,7 +15,7 @@ class ToyEngine:
         yield from toy.fragments(7)
 
     def state(self):
-        return {"optimizer": {"step": 7}}
+        return {"optimizer": {"type": "adam", "step": 7}}
 
 
 class ToyStreams:
@@ -31,12 +31,12 @@ def save(root, **options):
 
 
 def test_all_that_a_run_needs_is_in_its_checkpoint(tmp_path):
-    path = save(tmp_path, more=lambda: {"training": {"vocab_size": 64}})
+    path = save(tmp_path, more=lambda: {"more": {"vocab_size": 64}})
     assert read_checkpoint(path).state == {
         "counters": TrainState(iteration=7, consumed_samples=28).to_json(),
         "layout": {"data_parallel_size": 1},
-        "engine": {"optimizer": {"step": 7}},
-        "training": {"vocab_size": 64},
+        "engine": {"optimizer": {"type": "adam", "step": 7}},
+        "more": {"vocab_size": 64},
     }
     tensors = open_tensors(path)
     assert set(tensors.kinds("w")) == {"weight", "exp_avg"}

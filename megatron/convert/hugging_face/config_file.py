@@ -12,6 +12,8 @@ from megatron.convert.hugging_face.errors import ConvertError
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 MISSING: Any = object()
+LARGEST_NUMBER, LARGEST_SIZE = 1e308, 2**24
+"""JSON has numbers of any length; products of a few sizes have to be numbers of bytes."""
 
 
 class TheirConfig:
@@ -46,8 +48,32 @@ class TheirConfig:
             ConvertError: it is another kind of value, or absent without a default.
         """
         value = self.get(key, default)
-        if value is not default and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ConvertError(f"{self.source}: {key} is {value!r}, which is no number")
+        if value is not default and not (type(value) in (int, float) and abs(value) <= LARGEST_NUMBER):
+            raise ConvertError(f"{self.source}: {key} is {_shown(value)}, which is no number")
+        return value
+
+    def count(self, key: str, default: Any = MISSING) -> Any:
+        """Read a key whose value is a size or a number of things.
+
+        Raises:
+            ConvertError: it is no whole number, or absent without a default.
+        """
+        value = self.get(key, default)
+        if value is not default and not (type(value) is int and 0 < value <= LARGEST_SIZE):
+            raise ConvertError(
+                f"{self.source}: {key} is {_shown(value)}, which is no whole number from 1 to {LARGEST_SIZE}"
+            )
+        return value
+
+    def switch(self, key: str, default: bool) -> bool:
+        """Read a key that is true or false.
+
+        Raises:
+            ConvertError: it is neither.
+        """
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise ConvertError(f"{self.source}: {key} is {_shown(value)}, which is neither true nor false")
         return value
 
     def choose(self, key: str, choices: Mapping[Any, Any], default: Any) -> Any:
@@ -59,7 +85,7 @@ class TheirConfig:
         value = self.get(key, default)
         if isinstance(value, list | dict) or value not in choices:
             known = ", ".join(map(repr, choices))
-            raise ConvertError(f"{self.source}: {key} is {value!r}, and only {known} can be converted")
+            raise ConvertError(f"{self.source}: {key} is {_shown(value)}, and only {known} can be converted")
         return choices[value]
 
     def require(self, **expected: Any) -> None:
@@ -71,8 +97,8 @@ class TheirConfig:
         for key, value in expected.items():
             if self.get(key, value) != value:
                 raise ConvertError(
-                    f"{self.source}: {key} is {self.values[key]!r}, and only {value!r} can be converted: this model "
-                    "has nothing that computes it"
+                    f"{self.source}: {key} is {_shown(self.values[key])}, and only {value!r} can be converted: this "
+                    "model has nothing that computes it"
                 )
 
     def refuse(self, **reasons: str) -> None:
@@ -83,7 +109,7 @@ class TheirConfig:
         """
         for key, reason in reasons.items():
             if self.values.get(key):
-                raise ConvertError(f"{self.source}: {key} is {self.values[key]!r}: {reason}")
+                raise ConvertError(f"{self.source}: {key} is {_shown(self.values[key])}: {reason}")
 
 
 def read_their_config(folder: Path) -> TheirConfig:
@@ -100,6 +126,11 @@ def read_their_config(folder: Path) -> TheirConfig:
         "can be converted",
     )
     return config
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Gemma(LlamaLike):
         return {
             "scale_embeddings": True,
             "apply_layernorm_1p": True,
-            "kv_channels": config.number("head_dim", 256),
+            "kv_channels": config.count("head_dim", 256),
             "activation_function": config.choose(key, ACTIVATIONS, "gelu_pytorch_tanh"),
         }
 

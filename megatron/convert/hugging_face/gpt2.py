@@ -49,19 +49,19 @@ class GPT2:
             ConvertError: the config asks for something that this model does not have.
         """
         config.require(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-        hidden, dropout = config.number("n_embd"), float(config.number("resid_pdrop", 0.1))
-        positions = config.number("n_positions", 1024)
+        hidden, dropout = config.count("n_embd"), float(config.number("resid_pdrop", 0.1))
+        positions = config.count("n_positions", 1024)
         return ModelConfig(
-            num_layers=config.number("n_layer"),
+            num_layers=config.count("n_layer"),
             hidden_size=hidden,
-            num_attention_heads=config.number("n_head"),
-            ffn_hidden_size=config.number("n_inner", 4 * hidden),
+            num_attention_heads=config.count("n_head"),
+            ffn_hidden_size=config.count("n_inner", 4 * hidden),
             max_position_embeddings=positions,
             rotary_original_max_positions=positions,
             rotary_attention_factor=1.0,
             norm_epsilon=float(config.number("layer_norm_epsilon", 1e-5)),
             activation_function=config.choose("activation_function", ACTIVATIONS, "gelu_new"),
-            untie_embeddings_and_output_weights=not config.get("tie_word_embeddings", True),
+            untie_embeddings_and_output_weights=not config.switch("tie_word_embeddings", True),
             attention_dropout=float(config.number("attn_pdrop", 0.1)),
             hidden_dropout=dropout,
             init_method_std=float(config.number("initializer_range", 0.02)),

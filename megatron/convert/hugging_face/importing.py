@@ -13,6 +13,8 @@ from torch import Tensor
 from megatron.checkpoint.whole import write_checkpoint
 from megatron.config.data import DataConfig
 from megatron.config.model import ModelConfig
+from megatron.config.rules import broken_model_rules
+from megatron.config.sections import flags_in
 from megatron.convert.hugging_face.config_file import read_their_config
 from megatron.convert.hugging_face.errors import ConvertError
 from megatron.convert.hugging_face.family import Entry
@@ -65,12 +67,18 @@ def import_model(source: Path, root: Path, *, precision: str | None = None, divi
     config = read_their_config(source)
     family = family_of(config.get("model_type"), config.source)
     model = family.read_config(config)
+    _check_model(model, config.source)
     if divisor is not None:
         model = ModelConfig(**{**asdict(model), "make_vocab_size_divisible_by": divisor})
     weights = WeightFiles(source)
+    if model.num_layers > len(weights.names):
+        raise ConvertError(
+            f"{config.source}: {model.num_layers} layers, and the files hold {len(weights.names)} tensors: the two are "
+            "not of one model"
+        )
     entries = list(family.entries(model))
     names = match_names(family, entries, weights.names)
-    vocab_size = config.number("vocab_size", weights.describe(names[entries[0].theirs[0]])[0].shape[0])
+    vocab_size = config.count("vocab_size", weights.describe(names[entries[0].theirs[0]])[0].shape[0])
     shardings = describe_sharding(empty_model(model, vocab_size))
     num_parameters = _check_shapes(weights, entries, names, shardings)
     if not model.untie_embeddings_and_output_weights:
@@ -85,6 +93,15 @@ def import_model(source: Path, root: Path, *, precision: str | None = None, divi
         paddings={name: sharding.padding for name, sharding in shardings.items() if sharding.padding},
     )
     return Imported(path=path, model=model, data=data, precision=precision, num_parameters=num_parameters)
+
+
+def _check_model(model: ModelConfig, source: str) -> None:
+    """Hold what came of their config against what a run's flags must be."""
+    values = asdict(model)
+    wrong = [flag for flag in flags_in("model") if not flag.takes(values[flag.name])]
+    problems = [f"{flag.spelling} is not {flag.type_text}." for flag in wrong]
+    if problems := problems or list(broken_model_rules(model)):
+        raise ConvertError(f"{source} makes no model: {' '.join(problems)}")
 
 
 def _check_shapes(

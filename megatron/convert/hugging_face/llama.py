@@ -24,7 +24,7 @@ class Llama(LlamaLike):
         Raises:
             ConvertError: attention has biases and the MLP has none, or the other way round.
         """
-        in_attention, in_mlp = bool(config.get("attention_bias", False)), bool(config.get("mlp_bias", False))
+        in_attention, in_mlp = config.switch("attention_bias", False), config.switch("mlp_bias", False)
         if in_attention != in_mlp:
             raise ConvertError(
                 f"{config.source}: attention_bias is {in_attention} and mlp_bias is {in_mlp}: --add-bias-linear gives "

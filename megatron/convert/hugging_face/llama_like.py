@@ -68,20 +68,20 @@ class LlamaLike(ABC):
         Raises:
             ConvertError: the config asks for something that this model does not have.
         """
-        max_positions = config.number("max_position_embeddings", self.max_positions)
-        heads, hidden = config.number("num_attention_heads"), config.number("hidden_size")
+        max_positions = config.count("max_position_embeddings", self.max_positions)
+        heads, hidden = config.count("num_attention_heads"), config.count("hidden_size")
         fields: dict[str, Any] = {
-            "num_layers": config.number("num_hidden_layers"),
+            "num_layers": config.count("num_hidden_layers"),
             "hidden_size": hidden,
             "num_attention_heads": heads,
-            "num_key_value_heads": config.number("num_key_value_heads", heads),
-            "kv_channels": config.number("head_dim", hidden // heads),
-            "ffn_hidden_size": config.number("intermediate_size"),
+            "num_key_value_heads": config.count("num_key_value_heads", heads),
+            "kv_channels": config.count("head_dim", hidden // heads),
+            "ffn_hidden_size": config.count("intermediate_size"),
             "max_position_embeddings": max_positions,
             "normalization": "rmsnorm",
             "norm_epsilon": float(config.number("rms_norm_eps", self.norm_epsilon)),
             "add_bias_linear": False,
-            "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", self.tied_by_default),
+            "untie_embeddings_and_output_weights": not config.switch("tie_word_embeddings", self.tied_by_default),
             "attention_dropout": float(config.number("attention_dropout", 0.0)),
             "hidden_dropout": 0.0,
             "init_method_std": float(config.number("initializer_range", 0.02)),
@@ -167,14 +167,14 @@ def uniform_window(config: TheirConfig, num_layers: int) -> int:
     Raises:
         ConvertError: some layers have a window and others not.
     """
-    window = config.number("sliding_window", 4096) if config.get("use_sliding_window", False) else 0
+    window = config.count("sliding_window", 4096) if config.switch("use_sliding_window", False) else 0
     first = config.number("max_window_layers", 28)
     kinds = config.get("layer_types", None)
     if kinds is None:
         kinds = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(num_layers)]
-    if set(kinds) == {"full_attention"}:
+    if kinds == ["full_attention"] * num_layers:
         return 0
-    if set(kinds) == {"sliding_attention"} and window:
+    if kinds == ["sliding_attention"] * num_layers and window:
         return int(window)
     raise ConvertError(
         f"{config.source}: layer_types (or max_window_layers {first} of {num_layers} layers) give a sliding window to "

@@ -30,8 +30,8 @@ class Mistral(LlamaLike):
             ConvertError: layers differ.
         """
         config.refuse(layer_types="windows that differ from layer to layer cannot be converted")
-        window = config.values.get("sliding_window", 4096)
-        return {"attention_window": window or 0, **read_activation(config)}
+        none = config.values.get("sliding_window", 4096) is None
+        return {"attention_window": 0 if none else config.count("sliding_window", 4096), **read_activation(config)}
 
     def write_own(self, model: ModelConfig) -> dict[str, Any]:
         """Give their key of the window."""

@@ -28,7 +28,7 @@ class Qwen2(LlamaLike):
         Raises:
             ConvertError: some layers have a window and others not.
         """
-        window = uniform_window(config, config.number("num_hidden_layers"))
+        window = uniform_window(config, config.count("num_hidden_layers"))
         return {"add_qkv_bias": True, "attention_window": window, **read_activation(config)}
 
     def write_own(self, model: ModelConfig) -> dict[str, Any]:

@@ -30,10 +30,10 @@ class Qwen3(LlamaLike):
             ConvertError: attention has biases, or some layers have a window and others not.
         """
         config.require(attention_bias=False)
-        window = uniform_window(config, config.number("num_hidden_layers"))
+        window = uniform_window(config, config.count("num_hidden_layers"))
         return {
             "qk_layernorm": True,
-            "kv_channels": config.number("head_dim", 128),
+            "kv_channels": config.count("head_dim", 128),
             "attention_window": window,
             **read_activation(config),
         }

@@ -28,7 +28,7 @@ def family_of(model_type: str, source: str) -> Family:
     Raises:
         ConvertError: there is none of that name.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConvertError(f"{source}: model_type {model_type!r} cannot be converted, only {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron.config.model import ModelConfig
 from megatron.convert.hugging_face.config_file import TheirConfig
+from megatron.convert.hugging_face.errors import ConvertError
 
 TYPES = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 DEFAULT_BASE = 10000.0
@@ -22,7 +23,9 @@ def read_rope(config: TheirConfig, max_positions: int) -> dict[str, Any]:
         ConvertError: a kind of scaling, or a variant of one, that this model does not have.
     """
     config.require(partial_rotary_factor=1.0)
-    scaling = dict(config.get("rope_parameters", None) or config.get("rope_scaling", None) or {})
+    scaling = config.get("rope_parameters", None) or config.get("rope_scaling", None) or {}
+    if not isinstance(scaling, dict):
+        raise ConvertError(f"{config.source}: rope_scaling (or rope_parameters) is no object")
     rope = TheirConfig(scaling, f"{config.source} (rope)")
     rope.require(partial_rotary_factor=1.0, truncate=True)
     rope.refuse(
@@ -42,10 +45,12 @@ def read_rope(config: TheirConfig, max_positions: int) -> dict[str, Any]:
     if kind == "none":
         return fields
     factor = float(rope.number("factor"))
+    if factor < 1:
+        raise ConvertError(f"{rope.source}: factor is {factor:g}, and positions are stretched by at least 1")
     fields["rotary_scaling_factor"] = factor
     if kind == "linear":
         return fields | {"rotary_original_max_positions": max(round(max_positions / factor), 1)}
-    fields["rotary_original_max_positions"] = int(rope.number("original_max_position_embeddings", max_positions))
+    fields["rotary_original_max_positions"] = rope.count("original_max_position_embeddings", max_positions)
     if kind == "llama3":
         return fields | {
             "rotary_low_freq_factor": float(rope.number("low_freq_factor")),

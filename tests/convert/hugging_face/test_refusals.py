@@ -1,7 +1,9 @@
 """What cannot be converted is refused in one sentence that names file, key and value, before anything is written."""
 
 import dataclasses
+import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import save_file
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.checkpoint.fragments import open_tensors
+from megatron.convert.hugging_face import importing
 from megatron.convert.hugging_face.errors import ConvertError
 from megatron.convert.hugging_face.exporting import export_model
 from megatron.convert.hugging_face.importing import import_model
@@ -43,12 +46,46 @@ CONFIGS = {
     "scores by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
     "both ways": ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
     "no width": ("llama 2", {"hidden_size": None}, "lacks hidden_size"),
-    "a word for a number": ("llama 2", {"num_hidden_layers": "two"}, "num_hidden_layers is 'two', which is no number"),
+    "a word for a number": (
+        "llama 2",
+        {"num_hidden_layers": "two"},
+        "num_hidden_layers is 'two', which is no whole number",
+    ),
     "more layers": ("llama 2", {"num_hidden_layers": 3}, "the weights lack model.layers.2.* and 6 more"),
     "fewer layers": ("llama 2", {"num_hidden_layers": 1}, "the weights hold beside .* model.layers.1.* and 6 more"),
     "another width": ("llama 2", {"intermediate_size": 32}, "would be .*, but config.json makes it"),
     "more heads": ("llama 2", {"num_key_value_heads": 2}, "are not of one model|are not those of config.json"),
 }
+
+
+LEFT_OUT = object()
+VALUES = [LEFT_OUT, None, True, -1, 0, 1.5, math.nan, 10**12, 10**400, "x", [1], {}]
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama 3", "qwen2 with a window", "mistral", "gemma"])
+def test_no_value_of_a_config_is_more_than_a_sentence(variant, tmp_path, monkeypatch):
+    """Each key, those of the rotary scaling too, left out and set to values of other kinds."""
+    monkeypatch.setattr(importing, "write_checkpoint", lambda root, tensors, **about: root)
+    path = write_model(tmp_path / "theirs", variant) / "config.json"
+    config = json.loads(path.read_text())
+    scaling = config.get("rope_parameters") or {}
+    refused, problems = 0, []
+    for key, value in itertools.product([*config, *(f"rope_parameters.{name}" for name in scaling)], VALUES):
+        group, _, name = key.rpartition(".")
+        content = json.loads(json.dumps(config))
+        place = content[group] if group else content
+        place.pop(name) if value is LEFT_OUT else place.update({name: value})
+        path.write_text(json.dumps(content))
+        try:
+            import_model(path.parent, tmp_path / "ours")
+        except ConvertError as error:
+            refused += 1
+            if "\n" in str(error):
+                problems.append((key, value, str(error)))
+        except Exception as error:
+            problems.append((key, value, repr(error)))
+    assert problems == []
+    assert refused > 80
 
 
 @pytest.mark.parametrize("case", CONFIGS)

@@ -54,8 +54,7 @@ inline int multiprocessors(int device) { return attribute(cudaDevAttrMultiProces
 template <typename... Parameters, typename... Arguments>
 void launch(const char* what, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
             const Place& place, Arguments... arguments) {
-  constexpr std::size_t kWithoutAsking = 48 * 1024;
-  if (shared_bytes > kWithoutAsking) {
+  if (shared_bytes > 0) {  // more than 48 KiB, with what the kernel has besides, must be asked for
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
           what);
   }
