@@ -97,6 +97,15 @@ def ranks_divide_the_sequence(parallel: ParallelConfig, data: DataConfig) -> Ite
         )
 
 
+def overlap_carries_shards_of_the_sequence(parallel: ParallelConfig) -> Iterator[str]:
+    """What is to be carried beside products are shards of the sequence."""
+    if parallel.tp_comm_overlap != "none" and not parallel.sequence_parallel:
+        yield (
+            f"--tp-comm-overlap {parallel.tp_comm_overlap} carries shards of the sequence between tensor ranks, which "
+            f"hold some with --sequence-parallel only: add that, or use --tp-comm-overlap none."
+        )
+
+
 def ulysses_divides_heads(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
     """Ulysses ranks attend with as many of a tensor rank's heads each."""
     tensor, ulysses = parallel.tensor_model_parallel_size, parallel.ds_sequence_parallel_size

@@ -26,6 +26,8 @@ class UnitShape:
         tokens: b x s / u, the rows of each product of a weight, with sequence parallelism as without.
         seq_length: s.
         tensor_size: t.
+        summed_shards: ranks over which the result of a row-parallel product is divided where recompute sees it: t when
+            the product is overlapped with the sum over ranks, else 1, that of the summand before it.
         itemsize: bytes of an element.
         keys: that a fused kernel's FLOPs are of, of each query on average; None: half of the sequence, as causality
             leaves.
@@ -37,6 +39,7 @@ class UnitShape:
     tokens: int
     seq_length: int
     tensor_size: int = 1
+    summed_shards: int = 1
     itemsize: int = 2
     keys: float | None = None
     mlp_chunk: int = 0
@@ -114,16 +117,17 @@ def _block_products(config: ModelConfig, shape: UnitShape) -> Iterator[Product]:
     key_value = 2 * config.num_key_value_heads * config.kv_channels // tensor
     inner = config.ffn_hidden_size // tensor
 
-    def product(name: str, in_features: int, out_features: int, tokens: int = shape.tokens) -> Product:
+    def product(name: str, in_features: int, out_features: int, tokens: int = shape.tokens, shards: int = 1) -> Product:
         elements = tokens * out_features
-        return Product(name, 2 * elements * in_features, elements * shape.itemsize)
+        return Product(name, 2 * elements * in_features, elements // shards * shape.itemsize)
 
     yield product("qkv", hidden, heads + key_value)
     yield from _attention_products(config, shape)
-    yield product("attention output", heads, hidden)
+    yield product("attention output", heads, hidden, shards=shape.summed_shards)
+    down_shards = 1 if shape.mlp_chunk else shape.summed_shards  # chunks are summed by collectives
     for tokens in _chunks(shape):
         yield product("up", hidden, (2 if config.gated else 1) * inner, tokens)
-        yield product("down", inner, hidden, tokens)
+        yield product("down", inner, hidden, tokens, down_shards)
 
 
 def _chunks(shape: UnitShape) -> list[int]:

@@ -64,7 +64,7 @@ def start_reduce_scatter(summand: Tensor, group: Group) -> Pending:
     if group.size == 1:
         return Pending(summand, None)
     summand = summand.contiguous()
-    shard = summand.new_empty(_slice_length(summand, 0, group), *summand.shape[1:])
+    shard = summand.new_empty(slice_length(summand, 0, group), *summand.shape[1:])
     return Pending(shard, _reduce_scatter(shard, summand, group=group.handle, async_op=True))
 
 
@@ -203,12 +203,17 @@ def _concatenate(tensor: Tensor, group: Group, dim: int) -> Tensor:
 
 
 def _own_slice(tensor: Tensor, group: Group, dim: int) -> Tensor:
-    length = _slice_length(tensor, dim, group)
+    length = slice_length(tensor, dim, group)
     # A copy: a view would keep the whole tensor in memory for as long as the slice lives.
     return tensor.narrow(dim, group.rank * length, length).clone(memory_format=torch.contiguous_format)
 
 
-def _slice_length(tensor: Tensor, dim: int, group: Group) -> int:
+def slice_length(tensor: Tensor, dim: int, group: Group) -> int:
+    """Give the length along `dim` of what each rank has of a tensor.
+
+    Raises:
+        ValueError: the ranks do not divide the dimension.
+    """
     if tensor.shape[dim] % group.size:
         raise ValueError(
             f"dimension {dim} of a tensor of shape {tuple(tensor.shape)} cannot be divided over {group.size} ranks"

@@ -11,7 +11,9 @@ Legend: s sequence, b micro-batch, t ranks of the group. Without sequence parall
 | column | [out/t, in] | [s/t, b, in]   | [s, b, out/t]  |
 | row    | [out, in/t] | [s, b, in/t]   | [s/t, b, out]  |
 
-The column-parallel product of queries, keys and values is in `qkv.py`; `products.py` says what multiplies.
+The column-parallel product of queries, keys and values is in `qkv.py`; `products.py` says what multiplies. With
+sequence parallelism and a transport in the group, products run in pieces beside their collectives:
+`overlapped_linear.py`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from megatron.parallel.collectives import (
     sum_gradient,
 )
 from megatron.parallel.groups import Group
+from megatron.parallel.overlapped_linear import overlapped_column_product, overlapped_row_product
 from megatron.parallel.products import PLAIN, Operand, Products
 from megatron.parallel.sharding import InitKind, divide, mark_init, mark_sharded
 
@@ -148,6 +151,8 @@ class RowParallelLinear(nn.Module):
 
     def product(self, input: Tensor) -> Tensor:
         """Do as `forward`, without the bias, for a caller that adds `own_bias` later."""
+        if self.sequence_parallel and self.group.transport is not None and self.products is PLAIN:
+            return overlapped_row_product(input, self.weight, self.group.transport)
         summand = linear(input, self.weight, products=self.products)
         reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from_group
         return reduce(summand, self.group)
@@ -189,6 +194,8 @@ def column_parallel_product(
     """
     if group.size == 1 and products is PLAIN:
         return F.linear(input, weight, bias)
+    if sequence_parallel and group.transport is not None and products is PLAIN:
+        return overlapped_column_product(input, weight, bias, group.transport)
     keeps = torch.is_grad_enabled()
     return _ColumnProduct.apply(input, weight, bias, group, sequence_parallel and group.size > 1, products, keeps)
 

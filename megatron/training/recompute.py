@@ -107,6 +107,7 @@ def unit_shape(
         mlp_chunk=min(chunk, tokens),
         seq_length=data.seq_length,
         tensor_size=groups.tensor.size,
+        summed_shards=groups.tensor.size if groups.tensor.transport is not None else 1,
         itemsize=itemsize,
         keys=counted_keys(config, data, attention),
         exchanged=groups.ulysses.size > 1,

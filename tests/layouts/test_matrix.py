@@ -18,6 +18,8 @@ LAST_BIT = 2**-24
 TENSOR = "--tensor-model-parallel-size 2"
 SHARDED = f"{TENSOR} --sequence-parallel"
 
+OVERLAPPED = f"{SHARDED} --tp-comm-overlap messages"
+
 ULYSSES = "--ds-sequence-parallel-size 2"
 
 STAGES = "--pipeline-model-parallel-size 2"
@@ -32,6 +34,8 @@ TWO_RANKS = [
     (f"{SHARDED} --zero-stage 1 --micro-batch-size 2", "gpt2 untied, documents"),
     (f"{SHARDED} --zero-stage 2 --micro-batch-size 2 --cpu-optimizer", "gpt2"),
     (f"{SHARDED} --zero-stage 3 --micro-batch-size 2 --recompute-granularity full", "gpt2"),
+    (f"{OVERLAPPED} --zero-stage 1 --micro-batch-size 2", "gpt2"),
+    (f"{OVERLAPPED} --zero-stage 3 --micro-batch-size 4 --recompute-granularity full", "llama tied, query norms"),
     (f"{ULYSSES} --zero-stage 0 --micro-batch-size 2", "llama"),
     (f"{ULYSSES} --zero-stage 3 --micro-batch-size 2", "gemma"),
 ]
@@ -56,6 +60,9 @@ FOUR_RANKS = [
     (f"{ULYSSES} --zero-stage 3 --micro-batch-size 1", "gpt2"),
     (f"{ULYSSES} {SHARDED} --zero-stage 3 --micro-batch-size 2", "llama tied, query norms"),
     (f"{ULYSSES} {SHARDED} --zero-stage 1 --micro-batch-size 4", "gpt2"),
+    ("--tensor-model-parallel-size 4 --sequence-parallel --tp-comm-overlap messages --micro-batch-size 4", "llama"),
+    (f"{ULYSSES} {OVERLAPPED} --zero-stage 2 --micro-batch-size 2", "gpt2 untied, documents"),
+    (f"{STAGES} {OVERLAPPED} --micro-batch-size 1", "llama, one key/value head"),
     (f"{STAGES} {TENSOR} --micro-batch-size 1", "llama tied, query norms"),
     (f"{STAGES} {SHARDED} --micro-batch-size 1", "llama, one key/value head"),
     (f"{STAGES} {SHARDED} --micro-batch-size 2 --recompute-granularity full", "gpt2"),

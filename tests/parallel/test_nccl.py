@@ -3,20 +3,31 @@
 import pytest
 import torch
 
+from megatron.parallel.peer_copies import PeerCopies
+from megatron.parallel.transport import Messages
 from tests.parallel import test_collectives as collectives
 from tests.parallel import test_cross_entropy as cross_entropy
 from tests.parallel import test_embedding as embedding
 from tests.parallel import test_linear as linear
 from tests.parallel import test_linear_cross_entropy as linear_cross_entropy
+from tests.parallel import test_overlap as overlap
 from tests.parallel import test_qkv as qkv
 from tests.parallel import test_recompute as recompute
 from tests.parallel import test_ulysses as ulysses
 from tests.ranks import run_on_ranks
 
 
+def copies(group, piece_bytes):
+    return PeerCopies(group, torch.device("cuda", torch.cuda.current_device()), piece_bytes=piece_bytes)
+
+
 def on_gpu(check, *args):
     torch.set_default_device("cuda")
     check(*args)
+
+
+def name_of(item):
+    return getattr(item, "__name__", None) or str(item)
 
 
 @pytest.mark.gpu(2)
@@ -31,6 +42,19 @@ def on_gpu(check, *args):
         (linear.row_matches_dense, (True, False)),
         (linear.row_matches_dense, (True, True)),
         (linear.gated_mlp_matches_dense, (True,)),
+        *[
+            (check, (*args, transport))
+            for transport in (Messages, copies)
+            for check, args in [
+                (overlap.column_matches_dense, (2**20, True)),
+                (overlap.column_matches_dense, (64, False)),
+                (overlap.row_matches_dense, (2**20, True)),
+                (overlap.row_matches_dense, (64, False)),
+                (overlap.gated_mlp_matches_dense, (64,)),
+                (overlap.recompute_changes_nothing, ()),
+                (overlap.copies_follow_each_other, ()),
+            ]
+        ],
         (embedding.embedding_matches_dense, (False,)),
         (embedding.embedding_matches_dense, (True,)),
         (embedding.positions_match_dense, (False,)),
@@ -47,7 +71,7 @@ def on_gpu(check, *args):
         (linear_cross_entropy.sharded_is_the_whole, (True, 10)),
         (recompute.recompute_changes_nothing_on_ranks, ()),
     ],
-    ids=lambda value: getattr(value, "__name__", None) or "-".join(map(str, value)),
+    ids=lambda value: "-".join(name_of(item) for item in (value if isinstance(value, tuple) else [value])),
 )
 def test_what_holds_over_gloo_holds_over_nccl(check, args):
     run_on_ranks(2, on_gpu, check, *args, backend="nccl")
