@@ -59,7 +59,9 @@ def check(device, shape, dtype, *, causal=False, masked=False, scale=0.3):
         gradients(functools.partial(torch_softmax, scale=scale, causal=causal, mask=mask), [x], [grad])[1]
         for x in (scores.double(), scores)
     )
-    allowed = 1.1 * relative_error(torch_grad, exact_grad) + max(resolution / 20, 4e-7)
+    # Both round weights and gradients to the same type, by chance not all of them alike: of few numbers that shows.
+    chance = 3 / grad.numel() ** 0.5
+    allowed = (1.1 + chance) * relative_error(torch_grad, exact_grad) + max(resolution / 20, 4e-7)
     assert relative_error(grad_scores, exact_grad) <= allowed, "farther from fp64 than torch's own"
     # What the difference cancels is lost in fp32 as well: the bound is relative to its terms.
     terms = exact_gradient(weights, grad.abs(), scale).abs() + (scale * weights * grad).abs().double()
