@@ -1,47 +1,14 @@
 """What the backends of optional packages hand to them: stand-ins with the packages' signatures compute it exactly."""
 
-import sys
-import types
-
 import pytest
 import torch
 
 from megatron.kernels.attention import flash_v1, flash_v2, flash_v4, packages
 from megatron.kernels.attention.interface import AttentionRequest
-from tests.kernels.exact_attention import errors, exact_attend, make_heads, make_ids
+from tests.kernels.exact_attention import errors, make_heads, make_ids
+from tests.kernels.stand_ins import FourthPackage, install, packed, whole
 
 OPTIONS = {"scale": 0.3, "causal": True}
-
-
-def whole(q, k, v, causal, scale, window=0, softcap=0.0):
-    """[b, s, heads, d] in and out."""
-    query, key, value = (tensor.transpose(0, 1) for tensor in (q, k, v))
-    output = exact_attend(query, key, value, scale=scale, causal=causal, window=window, softcap=softcap)
-    return output.to(q.dtype).transpose(0, 1)
-
-
-def packed(q, k, v, offsets_q, offsets_k, longest_q, longest_k, **options):
-    """[tokens, heads, d] in and out."""
-    assert offsets_q.dtype == offsets_k.dtype == torch.int32
-    lengths = offsets_q.diff()
-    assert longest_q == longest_k == lengths.max()
-    starts = offsets_q[:-1].tolist()
-    assert offsets_q[-1] == len(q)
-    parts = [slice(start, start + length) for start, length in zip(starts, lengths.tolist(), strict=True)]
-    return torch.cat([whole(q[None, part], k[None, part], v[None, part], **options)[0] for part in parts])
-
-
-def install(monkeypatch, name, **functions):
-    for place in range(1, len(name.split(".")) + 1):
-        path = ".".join(name.split(".")[:place])
-        if path not in sys.modules:
-            monkeypatch.setitem(sys.modules, path, types.ModuleType(path))
-    module = sys.modules[name]
-    for function_name, function in functions.items():
-        monkeypatch.setattr(module, function_name, function, raising=False)
-    parent, _, child = name.rpartition(".")
-    if parent:
-        monkeypatch.setattr(sys.modules[parent], child, module, raising=False)
 
 
 @pytest.fixture
@@ -121,39 +88,8 @@ def first(monkeypatch):
 
 @pytest.fixture
 def fourth(monkeypatch):
-    """flash-attn-4, whose functions return the log-sums as well."""
-    calls = []
-
-    def flash_attn_func(
-        q, k, v, qv=None, softmax_scale=None, causal=False, window_size=(None, None), softcap=0.0, deterministic=False
-    ):
-        calls.append((0.0, deterministic))
-        window = 0 if window_size[0] is None else window_size[0] + 1
-        return whole(q, k, v, causal, softmax_scale, window, softcap), None
-
-    def flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        qv=None,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        max_seqlen_q=None,
-        max_seqlen_k=None,
-        softmax_scale=None,
-        causal=False,
-        window_size=(None, None),
-        softcap=0.0,
-        deterministic=False,
-    ):
-        calls.append((0.0, deterministic))
-        window = 0 if window_size[0] is None else window_size[0] + 1
-        options = {"causal": causal, "scale": softmax_scale, "window": window, "softcap": softcap}
-        return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options), None
-
-    functions = {"flash_attn_func": flash_attn_func, "flash_attn_varlen_func": flash_attn_varlen_func}
-    install(monkeypatch, "flash_attn.cute", **functions)
-    return calls
+    """flash-attn-4."""
+    return FourthPackage(monkeypatch).calls
 
 
 @pytest.mark.parametrize("documents", [0, 4])
