@@ -167,6 +167,8 @@ def test_a_request_that_nobody_can_honour_raises_every_reason():
         ({"device_types": frozenset({"cuda"})}, "it does not run on cpu"),
         ({"max_head_size": 32}, "its heads have at most 32 channels, not 64"),
         ({"head_size_multiple": 48}, "its heads have a multiple of 48 channels, not 64"),
+        ({"head_sizes": (80, 96, 128)}, "its heads have 80, 96 or 128 channels, not 64"),
+        ({"head_sizes": (64, 96, 128)}, None),
         ({"excludes": (frozenset({"gqa", "dropout"}),)}, "it lacks dropout with gqa"),
         ({"unavailable": lambda: "flash-attn is not installed"}, "flash-attn is not installed"),
         ({}, None),
@@ -235,9 +237,10 @@ def test_preferences_follow_the_measured_speeds(monkeypatch, size):
         request = AttentionRequest(head_size=size, dtype=torch.bfloat16, device_type="cuda", **needs)
         return sorted(ALL, key=lambda name: -ALL[name].preference(request))
 
-    fastest = order(sequence_length=8192)[:2]
-    assert fastest == ["flash_v4", "sdpa_cudnn"]
-    assert order(sequence_length=2048)[0] == ("flash_v4" if size == 64 else "sdpa_cudnn")
+    for measured in (2048, 8192, 32768):
+        assert order(sequence_length=measured)[:2] == ["flash_v4", "sdpa_cudnn"]
+    for unmeasured in (1024, None):
+        assert order(sequence_length=unmeasured)[0] == ("flash_v4" if size == 64 else "sdpa_cudnn")
     documents = order(sequence_length=8192, documents=True)
     assert documents.index("flash_triton") < documents.index("flash_v2") < documents.index("sdpa")
 

@@ -8,7 +8,9 @@ import torch
 
 from megatron.kernels.attention import flash_v1, flash_v2, flash_v4, packages
 from megatron.kernels.attention.interface import AttentionRequest
+from megatron.kernels.attention.pick import AttentionUnavailableError, pick_attention
 from tests.kernels.exact_attention import errors, exact_attend, make_heads, make_ids
+from tests.kernels.test_flash_gpu import usable
 
 OPTIONS = {"scale": 0.3, "causal": True}
 
@@ -267,3 +269,42 @@ def test_flash_v2_refuses_what_its_backward_leaves_out(monkeypatch, size, dropou
         assert refused == "on this GPU it drops no weights in backward of heads wider than 192, not 256"
     else:
         assert refused is None
+
+
+@pytest.fixture
+def fourth_is_there(monkeypatch):
+    """A Hopper GPU with flash-attn-4, as far as questions about it go."""
+    monkeypatch.setattr(packages, "version", lambda name: "4.0.0b36")
+    monkeypatch.setattr(flash_v4, "why_overwritten", lambda name, path: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
+
+
+def long_heads(size):
+    return AttentionRequest(head_size=size, dtype=torch.bfloat16, device_type="cuda", sequence_length=4096)
+
+
+@pytest.mark.usefixtures("fourth_is_there")
+@pytest.mark.parametrize("size", [64, 96, 128])
+def test_auto_takes_flash_v4_for_heads_that_it_is_proven_with(size):
+    backend, reason = pick_attention("auto", long_heads(size))
+    assert backend is flash_v4.BACKEND
+    assert "flash-attn-4, on Hopper the fastest from 2k tokens on" in reason
+
+
+@pytest.mark.usefixtures("fourth_is_there")
+@pytest.mark.parametrize("size", [8, 32, 72, 80, 112, 192, 256])
+def test_flash_v4_refuses_heads_that_it_is_not_proven_with(size):
+    sentence = f"its heads have 64, 96 or 128 channels, not {size}"
+    backend, reason = pick_attention("auto", long_heads(size))
+    assert backend is not flash_v4.BACKEND
+    assert f"flash_v4: {sentence}" in reason
+    with pytest.raises(AttentionUnavailableError, match=f"flash_v4 cannot honour .*: {sentence}; .* can"):
+        pick_attention("flash_v4", long_heads(size))
+
+
+@pytest.mark.usefixtures("fourth_is_there")
+def test_the_tests_on_a_gpu_skip_what_flash_v4_refuses():
+    with pytest.raises(pytest.skip.Exception, match="its heads have 64, 96 or 128 channels, not 80"):
+        usable("flash_v4", head_size=80)
+    assert usable("flash_v4", head_size=96) is flash_v4.BACKEND

@@ -137,6 +137,8 @@ class AttentionBackend:
     are registered with torch, always or unless it draws the numbers of dropout itself."""
     max_head_size: int | None = None
     head_size_multiple: int = 1
+    head_sizes: tuple[int, ...] = ()
+    """The only ones, where it is not known to be right with all others."""
     dense_document_mask: bool = True
     """Whether documents reach it as a bool mask [b, 1, s, s], else through `prepare_documents`."""
     prepare_documents: Callable[[Tensor], Any] = document_bounds
@@ -156,6 +158,9 @@ class AttentionBackend:
             return f"it does not compute in {str(request.dtype).removeprefix('torch.')}"
         if self.max_head_size is not None and request.head_size > self.max_head_size:
             return f"its heads have at most {self.max_head_size} channels, not {request.head_size}"
+        if self.head_sizes and request.head_size not in self.head_sizes:
+            *sizes, last = map(str, self.head_sizes)
+            return f"its heads have {', '.join(sizes)} or {last} channels, not {request.head_size}"
         if request.head_size % self.head_size_multiple:
             return f"its heads have a multiple of {self.head_size_multiple} channels, not {request.head_size}"
         return self.unavailable() or self.limits(request)
