@@ -270,7 +270,7 @@ def test_the_mlp_in_chunks_is_the_mlp(variant, chunk_size):
     tokens = random_tokens(length=17)
     expected, found = (gradients(tiny_gpt(mlp_chunk_size=size, **variant), tokens) for size in (0, chunk_size))
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        assert (ours - theirs).norm() <= 2e-6 * theirs.norm()  # sums over chunks are rounded in another order
 
 
 def test_a_model_whose_loss_is_in_chunks_still_gives_logits():

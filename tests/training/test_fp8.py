@@ -45,7 +45,7 @@ def test_the_loss_in_8_bits_is_that_of_bf16_within_half_a_percent(tmp_path):
     write_chain(tmp_path / "text")
     (found,) = run_on_ranks(1, reported_losses, tmp_path, initialize=False, deepspeed=True, timeout=300)
     losses = found.pop("bf16")
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
     for name, others in found.items():
         assert abs(others[-1] / losses[-1] - 1) < 5e-3, name
         assert others != losses
