@@ -190,7 +190,6 @@ def _prepare(setup: RankSetup) -> None:
         MASTER_PORT=str(setup.port),
         OMP_NUM_THREADS="1",
         GLOO_SOCKET_IFNAME="lo",
-        TORCH_SYMM_MEM_DISABLE_MULTICAST="1",
         TORCH_EXTENSIONS_DIR=str(extensions),
     )
     if setup.backend == "gloo":

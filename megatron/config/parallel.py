@@ -27,10 +27,9 @@ class ParallelConfig:
     )
     tp_comm_overlap: str = flag(
         "none",
-        choices=("none", "copies", "messages"),
+        choices=("none", "messages"),
         help="what carries shards of the sequence between tensor ranks while the products that need or make them run: "
-        "copies by the GPUs' copy engines, within a host; messages by NCCL or gloo; none: collectives before and after "
-        "the products",
+        "messages of NCCL or gloo; none: collectives before and after the products",
     )
     distributed_timeout_minutes: float = flag(
         10.0, range=POSITIVE, help="minutes a rank waits for the others before it gives up"

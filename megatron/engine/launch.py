@@ -185,8 +185,6 @@ def _export(environment: RankEnvironment, device: torch.device) -> None:
     installation = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "megatron" / "torch_extensions" / installation))
-    # Memory that GPUs share is written by copies alone; for multicast torch would set up what not all hosts grant.
-    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
     if device.type == "cuda" and re.search(r"\d[af]\b", os.environ.get("TORCH_CUDA_ARCH_LIST", "")):
         # Images of NVIDIA's name targets such as 10.0a, at which DeepSpeed's build of an operator would fail.
         major, minor = torch.cuda.get_device_capability(device)

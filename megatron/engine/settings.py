@@ -199,8 +199,8 @@ def _zero(config: RunConfig, device_type: str) -> dict[str, Any]:
         "memory_efficient_linear": config.kernels.recompute_granularity != "products",
     }
     if engine.zero_stage == 3:
-        # Hooks around a block, which gathers its weights together, in the place of hooks around each of its modules:
-        # those took four times as long on the host.
+        # A block gathers its weights together, by hooks around it in the place of hooks around each of its modules, of
+        # which there are five times as many.
         zero["leaf_module"] = {"classes": [BLOCK], "names": [], "name_suffixes": []}
     if engine.cpu_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device_type == "cuda"}

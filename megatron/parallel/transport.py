@@ -5,10 +5,7 @@ A collective moves a whole tensor, and the product that needs it waits. Products
 group, and receives the piece of the rank that is as many places before it. Every rank of a group asks for the same
 swaps in the same order, as it does with collectives.
 
-| transport    | how                                               | where                                  |
-|--------------|---------------------------------------------------|----------------------------------------|
-| `Messages`   | send and receive of torch.distributed             | everywhere                             |
-| `PeerCopies` | copy engines write to the neighbours' memory      | GPUs of one host that reach each other |
+`Messages` carries them by send and receive of torch.distributed, everywhere.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def _build_engine(
     compiled = "; blocks compiled" if config.kernels.compile else ""
     choices = [
         f" attention: {attention.name}, {attention_reason}",
-        place.overlap and f" shards of the sequence travel by: {place.overlap}",
+        " shards of the sequence travel by messages, beside the products" if place.groups.tensor.transport else None,
         f" kernels: {reason}{compiled}",
         recompute.describe(),
         memory.describe() if place.device.type == "cuda" else None,  # of a process on a CPU it is a part

@@ -15,26 +15,20 @@ from megatron.engine.launchers import RankEnvironment
 from megatron.parallel.groups import ParallelGroups, create_groups
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.random import RandomStreams, seed_everything
-from megatron.parallel.transport_choice import choose_transport
+from megatron.parallel.transport import Messages
 from megatron.training.control import Control
 from megatron.training.rank_table import Seat, describe_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where this process runs and with whom.
-
-    Attributes:
-        rank_table: the lines that tell it of all ranks.
-        overlap: what carries shards of the sequence beside products, and why; None where there are no shards.
-    """
+    """Where this process runs and with whom; `rank_table` are the lines that tell it of all ranks."""
 
     device: torch.device
     groups: ParallelGroups
     control: Control
     streams: RandomStreams
     rank_table: tuple[str, ...] = ()
-    overlap: str | None = None
 
     @property
     def layout(self) -> dict[str, int]:
@@ -60,18 +54,13 @@ def join_ranks(parallel: ParallelConfig, seed: int, environment: RankEnvironment
     groups = create_groups(mesh, environment.rank, timeout)
     streams = seed_everything(seed, groups, device)
     control = Control.of_world(timeout)
-    groups, overlap = _with_transport(groups, parallel, device)
+    groups = _with_transport(groups, parallel)
     table = describe_ranks(mesh, [Seat(*seat) for seat in control.gather((socket.gethostname(), str(device)))])
-    return Place(
-        device=device, groups=groups, control=control, streams=streams, rank_table=tuple(table), overlap=overlap
-    )
+    return Place(device=device, groups=groups, control=control, streams=streams, rank_table=tuple(table))
 
 
-def _with_transport(
-    groups: ParallelGroups, parallel: ParallelConfig, device: torch.device
-) -> tuple[ParallelGroups, str | None]:
-    """Give the tensor group what carries shards of the sequence beside products, where its ranks hold some."""
-    if not parallel.sequence_parallel or groups.tensor.size == 1:
-        return groups, None
-    transport, reason = choose_transport(parallel.tp_comm_overlap, groups.tensor, device)
-    return replace(groups, tensor=replace(groups.tensor, transport=transport)), reason
+def _with_transport(groups: ParallelGroups, parallel: ParallelConfig) -> ParallelGroups:
+    """Give the tensor group what carries shards of the sequence beside products, where the flags ask for it."""
+    if parallel.tp_comm_overlap == "none" or groups.tensor.size == 1:
+        return groups
+    return replace(groups, tensor=replace(groups.tensor, transport=Messages(groups.tensor)))

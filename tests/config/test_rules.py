@@ -21,7 +21,7 @@ def sentences(words: list[str], world_size: int | None = None) -> list[str]:
 BROKEN: list[tuple[str, str, str]] = [
     # words, flags left out of the legal line, what the one sentence names
     ("--loss-chunk-size 1 --micro-batch-size 2", "", "--loss-chunk-size 1 & --micro-batch-size 2 & 2 tokens"),
-    ("--tp-comm-overlap copies", "", "--tp-comm-overlap copies & --sequence-parallel & --tp-comm-overlap none"),
+    ("--tp-comm-overlap messages", "", "--tp-comm-overlap messages & --sequence-parallel & --tp-comm-overlap none"),
     ("--fp8 --precision fp16", "", "--fp8 & --precision fp16 & --precision bf16"),
     ("--fp8-format hybrid", "", "--fp8-format hybrid & --fp8:"),
     ("--fp8 --compile", "", "--fp8 & --compile"),

@@ -161,6 +161,9 @@ def test_cross_entropy(device):
         scale=st.sampled_from([1e-3, 5.0, 300.0]),
     )
     def check(rows, columns, padding, dtype, scale):
-        test_fused_pointwise.check_cross_entropy(device, rows, columns + padding, columns, dtype, scale=scale)
+        # Of huge logits a token's loss may be less than fp32 resolves beside 1: there torch's own error is the measure.
+        test_fused_pointwise.check_cross_entropy(
+            device, rows, columns + padding, columns, dtype, scale=scale, beside_torch=scale > 100
+        )
 
     check()

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from megatron.parallel.peer_copies import PeerCopies
 from megatron.parallel.transport import Messages
 from tests.parallel import test_collectives as collectives
 from tests.parallel import test_cross_entropy as cross_entropy
@@ -15,10 +14,6 @@ from tests.parallel import test_qkv as qkv
 from tests.parallel import test_recompute as recompute
 from tests.parallel import test_ulysses as ulysses
 from tests.ranks import run_on_ranks
-
-
-def copies(group, piece_bytes):
-    return PeerCopies(group, torch.device("cuda", torch.cuda.current_device()), piece_bytes=piece_bytes)
 
 
 def on_gpu(check, *args):
@@ -43,8 +38,7 @@ def name_of(item):
         (linear.row_matches_dense, (True, True)),
         (linear.gated_mlp_matches_dense, (True,)),
         *[
-            (check, (*args, transport))
-            for transport in (Messages, copies)
+            (check, (*args, Messages))
             for check, args in [
                 (overlap.column_matches_dense, (2**20, True)),
                 (overlap.column_matches_dense, (64, False)),
