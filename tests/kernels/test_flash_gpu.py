@@ -133,8 +133,9 @@ def test_backward_drops_the_weights_that_forward_dropped(name, size, length):
         assert (a - e).norm() <= 1e-2 * e.norm()
 
 
-def test_flash_triton_compiles_into_one_graph():
-    backend = usable("flash_triton")
+@pytest.mark.parametrize("name", ["flash_triton", "flash_v4"])
+def test_an_operator_of_this_project_compiles_into_one_graph(name):
+    backend = usable(name)
     tensors = on_gpu((256, 256), 2, (4, 2), 64)
 
     def attend(query, key, value):

@@ -1,0 +1,167 @@
+"""The kernels of flash-attn-4 as operators of torch, which the package's own functions are not.
+
+So recompute knows what a result is worth and can keep it, and `torch.compile` keeps its graph whole.
+
+Legend: s sequence, b batch, n query heads, k key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from megatron.kernels.attention.mask import pairs_seen
+
+
+@torch.library.custom_op("megatron::flash_v4_forward", mutates_args=())
+def flash_v4_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor | None,
+    longest: int,
+    samples: int,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention.
+
+    Args:
+        query: [b, s, n, d], or [b x s, n, d] with offsets; likewise key and value, with k heads.
+        key: see there.
+        value: see there.
+        offsets: int32 [documents + 1], where each begins among all tokens; None: samples are whole.
+        longest: tokens of the longest document; of a sample where these are whole.
+        samples: b.
+        scale: factor on the logits.
+        causal: whether a query sees only the keys up to its own.
+        window: how many keys a query sees, its own and those before; 0: all.
+        softcap: bound of the logits; 0: none.
+        deterministic: whether backward gives the same bits every time.
+
+    Returns:
+        The output, as the query, and the logarithms of the softmax denominators, fp32 [b, n, s] or [n, b x s].
+    """
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+
+    options: dict[str, Any] = {
+        "softmax_scale": scale,
+        "causal": causal,
+        "window_size": _sides(window),
+        "softcap": softcap,
+        "deterministic": deterministic,
+        "return_lse": True,
+    }
+    if offsets is None:
+        output, log_sums = flash_attn_func(q=query, k=key, v=value, **options)
+    else:
+        output, log_sums = flash_attn_varlen_func(q=query, k=key, v=value, **_packed(offsets, longest), **options)
+    return output.contiguous(), log_sums.contiguous()  # as they are; shapes alone would not tell a compiler
+
+
+@torch.library.custom_op("megatron::flash_v4_backward", mutates_args=())
+def flash_v4_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sums: Tensor,
+    offsets: Tensor | None,
+    longest: int,
+    samples: int,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of query, key and value: `grad` is that of the output; for the rest see the forward."""
+    from flash_attn.cute.interface import _flash_attn_bwd  # the package has no public name for it
+
+    before, after = _sides(window)
+    dq, dk, dv = _like(query), _like(key), _like(value)
+    _flash_attn_bwd(
+        q=query,
+        k=key,
+        v=value,
+        out=output,
+        dout=grad,
+        lse=log_sums,
+        softmax_scale=scale,
+        causal=causal,
+        softcap=softcap,
+        window_size_left=before,
+        window_size_right=after,
+        deterministic=deterministic,
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        **({} if offsets is None else _packed(offsets, longest)),
+    )
+    return dq, dk, dv
+
+
+def _sides(window: int) -> tuple[int | None, int | None]:
+    """Say how many keys before and after its own a query sees; None: all."""
+    return (window - 1, 0) if window else (None, None)
+
+
+def _packed(offsets: Tensor, longest: int) -> dict[str, Any]:
+    return {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": longest, "max_seqlen_k": longest}
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """Make room for a gradient, laid out as what it is of if the channels of that are neighbours in memory."""
+    return torch.empty_like(tensor if tensor.stride(-1) == 1 else tensor.contiguous())
+
+
+@flash_v4_forward.register_fake
+def _fake_forward(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    *tokens, heads, _size = query.shape
+    shape = (tokens[0], heads, tokens[1]) if len(tokens) > 1 else (heads, tokens[0])
+    return query.new_empty(query.shape), query.new_empty(shape, dtype=torch.float32)
+
+
+@flash_v4_backward.register_fake
+def _fake_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(query), _like(key), _like(value)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, offsets, *options = inputs
+    ctx.save_for_backward(query, key, value, *output, offsets)
+    ctx.options = options
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*flash_v4_backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 8)
+
+
+flash_v4_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.megatron.flash_v4_forward)
+def _count_forward(query: Any, key: Any, value: Any, *arguments: Any, out_shape: Any = None) -> int:
+    """Count two products over what is seen, given shapes: by this, recompute knows what the result is worth."""
+    _offsets, _longest, samples, _scale, causal, window, *_ = arguments
+    *tokens, heads, size = query
+    length = tokens[-1] // (samples if len(tokens) == 1 else 1)
+    return 4 * pairs_seen(length, length, causal, window) * samples * heads * size
+
+
+@register_flop_formula(torch.ops.megatron.flash_v4_backward)
+def _count_backward(
+    grad: Any, query: Any, key: Any, value: Any, output: Any, log_sums: Any, *arguments: Any, **_: Any
+) -> int:
+    """Count five products over what is seen."""
+    return _count_forward(query, key, value, *arguments) * 5 // 2
