@@ -1,5 +1,6 @@
 """Stand-ins for the packages of attention, with their signatures, that compute it exactly."""
 
+import functools
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -45,14 +46,26 @@ class FourthPackage:
 
     Attributes:
         calls: dropout and whether the same bits were asked for, of each forward.
+        given: names of the arguments that each function was given, in all calls.
     """
 
     def __init__(self, monkeypatch):
         self.calls = []
+        self.given = {}
         self._log_sums = []
-        functions = {"flash_attn_func": self.flash_attn_func, "flash_attn_varlen_func": self.flash_attn_varlen_func}
-        install(monkeypatch, "flash_attn.cute", **functions)
-        install(monkeypatch, "flash_attn.cute.interface", _flash_attn_bwd=self._flash_attn_bwd)
+        functions = (self.flash_attn_func, self.flash_attn_varlen_func, self._flash_attn_bwd)
+        noted = {function.__name__: self._noted(function) for function in functions}
+        install(monkeypatch, "flash_attn.cute.interface", **noted)
+
+    def _noted(self, function):
+        names = self.given.setdefault(function.__name__, set())
+
+        @functools.wraps(function)
+        def call(**arguments):
+            names.update(arguments)
+            return function(**arguments)
+
+        return call
 
     def flash_attn_func(
         self,
@@ -137,6 +150,8 @@ class FourthPackage:
         options = {"causal": causal, "scale": scale, "window": 0 if before is None else before + 1, "softcap": softcap}
         if offsets is None:
             return whole(q, k, v, **options)
+        bound, longest = longest, int(offsets.diff().max())
+        assert bound >= longest  # all that the package asks of it
         return packed(q, k, v, offsets, offsets, longest, longest, **options)
 
     def _remember(self, shape, output, return_lse, deterministic):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron.kernels.attention.documents import PackedDocuments, pack_documents
-from megatron.kernels.attention.flash_v4_operator import flash_v4_forward
+from megatron.kernels.attention.flash_v4_operator import flash_v4_forward, why_interface_differs
 from megatron.kernels.attention.interface import HALF_DTYPES, AttentionBackend, AttentionRequest
 from megatron.kernels.attention.packages import (
     attend_packed,
@@ -49,29 +49,28 @@ def attend(
     """
     if mask is not None or dropout:
         raise ValueError("flash_v4 takes no mask and drops no weights: choose flash_triton or flash_v2")
-    length, batch = query_sbnd.shape[:2]
-    options = (batch, scale, causal, window, softcap, same_bits_wanted())
+    options = (query_sbnd.shape[1], scale, causal, window, softcap, same_bits_wanted())
     if documents is not None:
         packed = partial(_attend_packed, options)
         return attend_packed(packed, query_sbnd, key_sbkd, value_sbkd, documents)
     heads = (tensor.transpose(0, 1) for tensor in (query_sbnd, key_sbkd, value_sbkd))
-    output, _ = flash_v4_forward(*heads, None, length, *options)
+    output, _ = flash_v4_forward(*heads, None, *options)
     return output.transpose(0, 1)
 
 
-def _attend_packed(
-    options: tuple[Any, ...],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    offsets: Tensor,
-    _offsets: Tensor,
-    longest: int,
-    _longest: int,
-) -> Tensor:
-    """Take queries and keys of the same documents, told once for each."""
-    output, _ = flash_v4_forward(query, key, value, offsets, longest, *options)
+def _attend_packed(options: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, *documents: Any) -> Tensor:
+    """Take queries and keys of the same documents."""
+    output, _ = flash_v4_forward(query, key, value, documents[0], *options)
     return output
+
+
+def _prepare_documents(ids_bs: Tensor) -> PackedDocuments:
+    """Pack documents, and have one graph of `torch.compile` serve however many there are."""
+    from torch._dynamo import maybe_mark_dynamic  # takes a second, which runs without documents need not spend
+
+    documents = pack_documents(ids_bs)
+    maybe_mark_dynamic(documents.offsets, 0)
+    return documents
 
 
 def unavailable() -> str | None:
@@ -80,6 +79,7 @@ def unavailable() -> str | None:
         why_not_installed("flash-attn-4", OLDEST, "flash-attn-4")
         or why_overwritten("flash-attn-4", "flash_attn/cute/interface.py")
         or why_not_on_gpu((9, 0))
+        or why_interface_differs()
     )
 
 
@@ -100,5 +100,5 @@ BACKEND = AttentionBackend(
     device_types=frozenset({"cuda"}),
     head_sizes=PROVEN,
     dense_document_mask=False,
-    prepare_documents=pack_documents,
+    prepare_documents=_prepare_documents,
 )
