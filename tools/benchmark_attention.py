@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.kernels.attention.flash.operator import pairs_seen
 from megatron.kernels.attention.interface import AttentionBackend, AttentionRequest
+from megatron.kernels.attention.mask import pairs_seen
 from megatron.kernels.attention.pick import pick_attention
 from megatron.kernels.attention.unfused import BACKEND as REFERENCE
 from megatron.kernels.registry import find_implementations

@@ -1,49 +1,14 @@
 """What the backends of optional packages hand to them: stand-ins with the packages' signatures compute it exactly."""
 
-import sys
-import types
-
 import pytest
 import torch
 
 from megatron.kernels.attention import flash_v1, flash_v2, flash_v4, packages
 from megatron.kernels.attention.interface import AttentionRequest
-from megatron.kernels.attention.pick import AttentionUnavailableError, pick_attention
-from tests.kernels.exact_attention import errors, exact_attend, make_heads, make_ids
-from tests.kernels.test_flash_gpu import usable
+from tests.kernels.exact_attention import errors, make_heads, make_ids
+from tests.kernels.stand_ins import FourthPackage, install, packed, whole
 
 OPTIONS = {"scale": 0.3, "causal": True}
-
-
-def whole(q, k, v, causal, scale, window=0, softcap=0.0):
-    """[b, s, heads, d] in and out."""
-    query, key, value = (tensor.transpose(0, 1) for tensor in (q, k, v))
-    output = exact_attend(query, key, value, scale=scale, causal=causal, window=window, softcap=softcap)
-    return output.to(q.dtype).transpose(0, 1)
-
-
-def packed(q, k, v, offsets_q, offsets_k, longest_q, longest_k, **options):
-    """[tokens, heads, d] in and out."""
-    assert offsets_q.dtype == offsets_k.dtype == torch.int32
-    lengths = offsets_q.diff()
-    assert longest_q == longest_k == lengths.max()
-    starts = offsets_q[:-1].tolist()
-    assert offsets_q[-1] == len(q)
-    parts = [slice(start, start + length) for start, length in zip(starts, lengths.tolist(), strict=True)]
-    return torch.cat([whole(q[None, part], k[None, part], v[None, part], **options)[0] for part in parts])
-
-
-def install(monkeypatch, name, **functions):
-    for place in range(1, len(name.split(".")) + 1):
-        path = ".".join(name.split(".")[:place])
-        if path not in sys.modules:
-            monkeypatch.setitem(sys.modules, path, types.ModuleType(path))
-    module = sys.modules[name]
-    for function_name, function in functions.items():
-        monkeypatch.setattr(module, function_name, function, raising=False)
-    parent, _, child = name.rpartition(".")
-    if parent:
-        monkeypatch.setattr(sys.modules[parent], child, module, raising=False)
 
 
 @pytest.fixture
@@ -123,39 +88,8 @@ def first(monkeypatch):
 
 @pytest.fixture
 def fourth(monkeypatch):
-    """flash-attn-4, whose functions return the log-sums as well."""
-    calls = []
-
-    def flash_attn_func(
-        q, k, v, qv=None, softmax_scale=None, causal=False, window_size=(None, None), softcap=0.0, deterministic=False
-    ):
-        calls.append((0.0, deterministic))
-        window = 0 if window_size[0] is None else window_size[0] + 1
-        return whole(q, k, v, causal, softmax_scale, window, softcap), None
-
-    def flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        qv=None,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        max_seqlen_q=None,
-        max_seqlen_k=None,
-        softmax_scale=None,
-        causal=False,
-        window_size=(None, None),
-        softcap=0.0,
-        deterministic=False,
-    ):
-        calls.append((0.0, deterministic))
-        window = 0 if window_size[0] is None else window_size[0] + 1
-        options = {"causal": causal, "scale": softmax_scale, "window": window, "softcap": softcap}
-        return packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options), None
-
-    functions = {"flash_attn_func": flash_attn_func, "flash_attn_varlen_func": flash_attn_varlen_func}
-    install(monkeypatch, "flash_attn.cute", **functions)
-    return calls
+    """flash-attn-4."""
+    return FourthPackage(monkeypatch).calls
 
 
 @pytest.mark.parametrize("documents", [0, 4])
@@ -269,42 +203,3 @@ def test_flash_v2_refuses_what_its_backward_leaves_out(monkeypatch, size, dropou
         assert refused == "on this GPU it drops no weights in backward of heads wider than 192, not 256"
     else:
         assert refused is None
-
-
-@pytest.fixture
-def fourth_is_there(monkeypatch):
-    """A Hopper GPU with flash-attn-4, as far as questions about it go."""
-    monkeypatch.setattr(packages, "version", lambda name: "4.0.0b36")
-    monkeypatch.setattr(flash_v4, "why_overwritten", lambda name, path: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (9, 0))
-
-
-def long_heads(size):
-    return AttentionRequest(head_size=size, dtype=torch.bfloat16, device_type="cuda", sequence_length=4096)
-
-
-@pytest.mark.usefixtures("fourth_is_there")
-@pytest.mark.parametrize("size", [64, 96, 128])
-def test_auto_takes_flash_v4_for_heads_that_it_is_proven_with(size):
-    backend, reason = pick_attention("auto", long_heads(size))
-    assert backend is flash_v4.BACKEND
-    assert "flash-attn-4, on Hopper the fastest from 2k tokens on" in reason
-
-
-@pytest.mark.usefixtures("fourth_is_there")
-@pytest.mark.parametrize("size", [8, 32, 72, 80, 112, 192, 256])
-def test_flash_v4_refuses_heads_that_it_is_not_proven_with(size):
-    sentence = f"its heads have 64, 96 or 128 channels, not {size}"
-    backend, reason = pick_attention("auto", long_heads(size))
-    assert backend is not flash_v4.BACKEND
-    assert f"flash_v4: {sentence}" in reason
-    with pytest.raises(AttentionUnavailableError, match=f"flash_v4 cannot honour .*: {sentence}; .* can"):
-        pick_attention("flash_v4", long_heads(size))
-
-
-@pytest.mark.usefixtures("fourth_is_there")
-def test_the_tests_on_a_gpu_skip_what_flash_v4_refuses():
-    with pytest.raises(pytest.skip.Exception, match="its heads have 64, 96 or 128 channels, not 80"):
-        usable("flash_v4", head_size=80)
-    assert usable("flash_v4", head_size=96) is flash_v4.BACKEND

@@ -76,17 +76,19 @@ def test_documents(name, documents, causal):
 
 
 @pytest.mark.parametrize("size", [64, 128])
-def test_documents_under_a_window_with_capped_logits(size):
-    backend = usable("flash_triton")
+@pytest.mark.parametrize("name", ["flash_triton", "flash_v4"])
+def test_documents_under_a_window_with_capped_logits(name, size):
+    backend = usable(name, head_size=size, documents=True, window=True, softcap=True, gqa=True)
     ids = make_ids(2, 700, 9, device="cuda")
     worst = max(errors(backend, on_gpu((700, 700), 2, (4, 2), size), ids=ids, window=50, softcap=1.0, **OPTIONS))
     assert worst < 1e-2
 
 
-def test_heads_that_stride_over_a_fused_product():
+@pytest.mark.parametrize("name", ["flash_triton", "flash_v4"])
+def test_heads_that_stride_over_a_fused_product(name):
     product = torch.randn(260, 2, 2, 4, 128, device="cuda").bfloat16()
     tensors = [product[..., :2, :].flatten(2, 3), product[..., 2, :], product[..., 3, :]]
-    assert max(errors(usable("flash_triton"), tensors, **OPTIONS)) < 1e-2
+    assert max(errors(usable(name, head_size=128, gqa=True), tensors, **OPTIONS)) < 1e-2
 
 
 @pytest.mark.parametrize("size", [64, 128])
@@ -133,8 +135,9 @@ def test_backward_drops_the_weights_that_forward_dropped(name, size, length):
         assert (a - e).norm() <= 1e-2 * e.norm()
 
 
-def test_flash_triton_compiles_into_one_graph():
-    backend = usable("flash_triton")
+@pytest.mark.parametrize("name", ["flash_triton", "flash_v4"])
+def test_an_operator_of_this_project_compiles_into_one_graph(name):
+    backend = usable(name)
     tensors = on_gpu((256, 256), 2, (4, 2), 64)
 
     def attend(query, key, value):

@@ -135,6 +135,7 @@ def test_it_is_told_when_selective_recompute_has_little_to_save():
         ("flash_triton", 0.1, "fused"),
         ("unfused", 0.1, "written out"),
         ("flash_v2", 0.0, "opaque"),
+        ("flash_v4", 0.0, "fused"),
     ],
 )
 def test_a_backend_says_whether_its_result_is_among_the_products_that_may_be_kept(backend, dropout, seen):
@@ -159,15 +160,15 @@ def test_keys_are_counted_as_the_formulas_of_backends_count_them(backend, window
 
 
 @pytest.mark.parametrize("changes", [{}, {"attention_window": 128}, {"num_key_value_heads": 4}])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_the_product_of_flash_triton_that_recompute_sees_is_the_planned_one(changes, dropout):
+@pytest.mark.parametrize(("backend", "dropout"), [("flash_triton", 0.0), ("flash_triton", 0.1), ("flash_v4", 0.0)])
+def test_the_product_that_recompute_sees_is_the_planned_one(backend, changes, dropout):
     model = ModelConfig(num_layers=1, hidden_size=512, num_attention_heads=8, attention_dropout=dropout, **changes)
     shape = unit_shape(
         model,
         TrainingConfig(micro_batch_size=2),
         DataConfig(seq_length=1024),
         ParallelGroups.alone(),
-        backend_called("flash_triton"),
+        backend_called(backend),
         2,
     )
     (planned,) = [product for product in unit_products(model, shape, 1).values() if product.result == "attention"]
@@ -177,7 +178,7 @@ def test_the_product_of_flash_triton_that_recompute_sees_is_the_planned_one(chan
     with FakeTensorMode(), budget.contexts()[0]:
         query = torch.empty(1024, 2, 8, 64, dtype=torch.bfloat16)
         key = torch.empty(1024, 2, model.num_key_value_heads, 64, dtype=torch.bfloat16)
-        backend_called("flash_triton").attend(
+        backend_called(backend).attend(
             query, key, key, scale=0.125, causal=True, dropout=dropout, window=model.attention_window
         )
     (product,) = seen

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron.kernels.attention.documents import PackedDocuments, pack_documents
+from megatron.kernels.attention.flash_v4_operator import flash_v4_forward, why_interface_differs
 from megatron.kernels.attention.interface import HALF_DTYPES, AttentionBackend, AttentionRequest
 from megatron.kernels.attention.packages import (
     attend_packed,
@@ -24,8 +25,8 @@ OLDEST = (4, 0)
 LONG = 2048
 """Tokens from which it was measured to be the fastest for heads of 128; of fewer nothing is known."""
 PROVEN = (64, 96, 128)
-"""Head sizes whose gradients were compared with fp64 on Hopper. Of 80 they are wrong, and nothing says so: there the
-kernel of backward pads heads to a multiple of 16, and its caller lays out the sums it adds to by multiples of 32."""
+"""Head sizes that were compared with fp64 on Hopper. Those of 80 come out wrong, and nothing says so: by its source the
+kernel of backward pads heads to a multiple of 16 there, and its caller lays out the sums for it by multiples of 32."""
 
 
 def attend(
@@ -46,30 +47,30 @@ def attend(
     Raises:
         ValueError: the package cannot compute this.
     """
-    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
-
     if mask is not None or dropout:
         raise ValueError("flash_v4 takes no mask and drops no weights: choose flash_triton or flash_v2")
-    options: dict[str, Any] = {
-        "softmax_scale": scale,
-        "causal": causal,
-        "window_size": (window - 1, 0) if window else (None, None),  # keys before and after the query's own
-        "softcap": softcap,
-        "deterministic": same_bits_wanted(),
-    }
+    options = (query_sbnd.shape[1], scale, causal, window, softcap, same_bits_wanted())
     if documents is not None:
-        names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-        packed = partial(_call, flash_attn_varlen_func, names, options)
+        packed = partial(_attend_packed, options)
         return attend_packed(packed, query_sbnd, key_sbkd, value_sbkd, documents)
     heads = (tensor.transpose(0, 1) for tensor in (query_sbnd, key_sbkd, value_sbkd))
-    return _call(flash_attn_func, ("q", "k", "v"), options, *heads).transpose(0, 1)
+    output, _ = flash_v4_forward(*heads, None, *options)
+    return output.transpose(0, 1)
 
 
-def _call(function: Any, names: tuple[str, ...], options: dict[str, Any], *values: Any) -> Tensor:
-    """Call by name, and leave out the log-sums that may come with the output."""
-    result = function(**dict(zip(names, values, strict=True)), **options)
-    output: Tensor = result[0] if isinstance(result, tuple) else result
+def _attend_packed(options: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, *documents: Any) -> Tensor:
+    """Take queries and keys of the same documents."""
+    output, _ = flash_v4_forward(query, key, value, documents[0], *options)
     return output
+
+
+def _prepare_documents(ids_bs: Tensor) -> PackedDocuments:
+    """Pack documents, and have one graph of `torch.compile` serve however many there are."""
+    from torch._dynamo import maybe_mark_dynamic  # takes a second, which runs without documents need not spend
+
+    documents = pack_documents(ids_bs)
+    maybe_mark_dynamic(documents.offsets, 0)
+    return documents
 
 
 def unavailable() -> str | None:
@@ -78,6 +79,7 @@ def unavailable() -> str | None:
         why_not_installed("flash-attn-4", OLDEST, "flash-attn-4")
         or why_overwritten("flash-attn-4", "flash_attn/cute/interface.py")
         or why_not_on_gpu((9, 0))
+        or why_interface_differs()
     )
 
 
@@ -91,11 +93,12 @@ BACKEND = AttentionBackend(
     choose_when="flash-attn-4, on Hopper the fastest from 2k tokens on, for heads of 64 and for documents",
     preference=_preference,
     attend=attend,
+    in_products="fused",  # it drops nothing
     unavailable=unavailable,
     features=frozenset({"gqa", "documents", "window", "softcap", "bidirectional"}),
     dtypes=HALF_DTYPES,
     device_types=frozenset({"cuda"}),
     head_sizes=PROVEN,
     dense_document_mask=False,
-    prepare_documents=pack_documents,
+    prepare_documents=_prepare_documents,
 )

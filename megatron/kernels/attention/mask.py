@@ -1,4 +1,4 @@
-"""Boolean attention masks, True = may attend."""
+"""Boolean attention masks, True = may attend, and how many pairs causality and a window leave."""
 
 from __future__ import annotations
 
@@ -52,3 +52,17 @@ def and_documents(mask: Tensor | None, bounds: Tensor | None) -> Tensor | None:
     places = torch.arange(bounds.shape[-1], device=bounds.device)
     inside = (places >= begins_bs[:, None, :, None]) & (places < ends_bs[:, None, :, None])
     return inside if mask is None else mask & inside
+
+
+def pairs_seen(queries: int, keys: int, causal: bool, window: int) -> int:
+    """Count the pairs of a query and a key that it sees. Documents are not known here: what they hide is counted."""
+    if not causal:
+        return queries * keys
+    widest = min(window, keys) if window else keys
+
+    def up_to(last: int) -> int:
+        """Add up what queries see whose own key is one of the first `last`."""
+        rising = min(last, widest)
+        return rising * (rising + 1) // 2 + (last - rising) * widest
+
+    return up_to(keys) - up_to(keys - queries)

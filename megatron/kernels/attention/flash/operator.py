@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from megatron.kernels.attention.flash.launch import Options, addressable, launch_backward, launch_forward
+from megatron.kernels.attention.mask import pairs_seen
 
 
 @torch.library.custom_op("megatron::flash_forward", mutates_args=())
@@ -97,20 +98,6 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 
 
 flash_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def pairs_seen(queries: int, keys: int, causal: bool, window: int) -> int:
-    """Count the pairs of a query and a key that it sees. Documents are not known here: what they hide is counted."""
-    if not causal:
-        return queries * keys
-    widest = min(window, keys) if window else keys
-
-    def up_to(last: int) -> int:
-        """Add up what queries see whose own key is one of the first `last`."""
-        rising = min(last, widest)
-        return rising * (rising + 1) // 2 + (last - rising) * widest
-
-    return up_to(keys) - up_to(keys - queries)
 
 
 @register_flop_formula(torch.ops.megatron.flash_forward)
