@@ -143,7 +143,10 @@ def test_softmax(device):
     )
     def check(batch, heads, queries, keys, dtype, causal, masked, scale):
         shape = (batch, heads, queries, keys)
-        test_fused_softmax.check(device, shape, dtype, causal=causal, masked=masked, scale=scale)
+        # Where one weight of a row is nearly 1, both errors are of one number: the formula is the bound.
+        test_fused_softmax.check(
+            device, shape, dtype, causal=causal, masked=masked, scale=scale, beside_torch=scale <= 1
+        )
 
     check()
 
