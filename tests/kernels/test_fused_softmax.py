@@ -39,8 +39,8 @@ def exact_gradient(weights, grad, scale):
     return scale * weights * (grad - (weights * grad).sum(dim=-1, keepdim=True))
 
 
-def check(device, shape, dtype, *, causal=False, masked=False, scale=0.3, beside_torch=True):
-    """Weights beside fp64 and the twin; gradient beside its formula in fp64, and `beside_torch` beside torch's own."""
+def check(device, shape, dtype, *, causal=False, masked=False, scale=0.3):
+    """Weights beside fp64 and the twin; gradient beside fp64 and torch's own, and beside its formula in fp64."""
     batch, _, queries, keys = shape
     mask = random_mask(batch, queries, keys, device) if masked else None
     scores, grad = draw(shape, dtype, device, 1, 4.0), draw(shape, dtype, device, 2)
@@ -55,15 +55,14 @@ def check(device, shape, dtype, *, causal=False, masked=False, scale=0.3, beside
     assert torch.equal(grad_scores, again[1]), "differs between two runs"
     exact, resolution = plain(scores.double()), torch.finfo(dtype).eps
     assert relative_error(weights, exact) <= 1.1 * relative_error(plain(scores), exact) + max(resolution / 20, 4e-7)
-    if beside_torch:
-        exact_grad, torch_grad = (
-            gradients(functools.partial(torch_softmax, scale=scale, causal=causal, mask=mask), [x], [grad])[1]
-            for x in (scores.double(), scores)
-        )
-        # Both round weights and gradients to the same type, by chance not all of them alike: of few numbers that shows.
-        chance = 3 / grad.numel() ** 0.5
-        allowed = (1.1 + chance) * relative_error(torch_grad, exact_grad) + max(resolution / 20, 4e-7)
-        assert relative_error(grad_scores, exact_grad) <= allowed, "farther from fp64 than torch's own"
+    exact_grad, torch_grad = (
+        gradients(functools.partial(torch_softmax, scale=scale, causal=causal, mask=mask), [x], [grad])[1]
+        for x in (scores.double(), scores)
+    )
+    # Both round weights and gradients to the same type, by chance not all of them alike: of few numbers that shows.
+    chance = 3 / grad.numel() ** 0.5
+    allowed = (1.1 + chance) * relative_error(torch_grad, exact_grad) + max(resolution / 20, 4e-7)
+    assert relative_error(grad_scores, exact_grad) <= allowed, "farther from fp64 than torch's own"
     # What the difference cancels is lost in fp32 as well: the bound is relative to its terms.
     terms = exact_gradient(weights, grad.abs(), scale).abs() + (scale * weights * grad).abs().double()
     error = (grad_scores.double() - exact_gradient(weights, grad, scale)).norm()
