@@ -55,6 +55,9 @@ KNOWN_CLASSES = (
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
 """What the older systems wrote beside tensors and plain containers."""
+MEMBER = "builtins.getattr"
+"""How early releases of Python 3.11 pickle a member of an enumeration: by its class and name. Like those classes it is
+not called: what stands in for it keeps both."""
 
 
 class Recorded:
@@ -98,7 +101,7 @@ def read_pickled(path: Path, admitted: Iterable[str] = ()) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing, damaged or holds something else, or names a class that is not listed.
     """
-    names = (*KNOWN_CLASSES, *admitted)
+    names = (*KNOWN_CLASSES, MEMBER, *admitted)
     stand_ins: list[Any] = [(type(name, (Recorded,), {"pickled_as": name}), name) for name in names]
     try:
         with torch.serialization.safe_globals(stand_ins):

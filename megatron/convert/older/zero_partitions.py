@@ -31,6 +31,9 @@ from megatron.convert.older.pickles import Recorded, plain, read_pickled
 
 PARTITION = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 
+ZERO_STAGES = ("disabled", "optimizer_states", "gradients", "weights")
+"""Members of DeepSpeed's enumeration of stages, by their numbers."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -47,8 +50,8 @@ class Partition:
         """The ZeRO stage that saved it."""
         stage = self.state.get("zero_stage", 1)
         if isinstance(stage, Recorded):
-            stage = stage.arguments[0]
-        return int(stage)
+            stage = stage.arguments[-1]  # its number; early releases of Python 3.11 pickled its class and name instead
+        return ZERO_STAGES.index(stage) if stage in ZERO_STAGES else int(stage)
 
     def ranges(self, kind: str) -> list[Tensor]:
         """Give this rank's flat range of each group, or of each sub-group under stage 3."""

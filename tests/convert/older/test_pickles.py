@@ -6,15 +6,18 @@ import io
 import os
 import pathlib
 import random
+import signal
 import subprocess
 
 import numpy as np
 import pytest
 import torch
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from megatron.checkpoint.errors import CheckpointError
 from megatron.convert.older.importing import ImportOptions, import_checkpoint
 from megatron.convert.older.pickles import plain, read_pickled
+from megatron.convert.older.zero_partitions import Partition
 from tests.convert.older.engine_writer import write_flat_engine
 from tests.convert.older.older_writer import Layout, make_original, write_megatron_lm
 from tests.convert.older.test_importing import GPT_2
@@ -28,6 +31,9 @@ class Payload:
 
     def __reduce__(self):
         return self.call
+
+    def __call__(self):
+        """Exist, so that pickle takes a payload for what another one calls."""
 
 
 def payloads(sentinel):
@@ -43,6 +49,7 @@ def payloads(sentinel):
         "io.open": Payload(io.open, str(sentinel), "w"),
         "getattr": Payload(getattr, Payload(__import__, "os"), "system"),
         "touch": Payload(pathlib.Path.touch, pathlib.PosixPath(sentinel)),
+        "member": Payload(Payload(getattr, pathlib.PosixPath, "touch"), pathlib.PosixPath(sentinel)),
         "partial": Payload(builtins.map, os.mkdir, [str(sentinel)]),
         "load": Payload(torch.load, str(sentinel)),
         "hub": Payload(torch.hub.load, "owner/repository", "model"),
@@ -89,6 +96,22 @@ def test_what_the_older_systems_pickled_beside_tensors_is_read(tmp_path):
     assert plain(read["args"])["hidden_size"] == 8
     assert plain(read["args"])["params_dtype"] == torch.bfloat16
     assert torch.equal(read["model"]["weight"], content["model"]["weight"])
+
+
+def test_a_member_of_an_enumeration_is_a_record_whichever_python_pickled_it(tmp_path):
+    content = {"number": Payload(signal.Signals, 15), "name": Payload(getattr, signal.Signals, "SIGTERM")}
+    torch.save(content, tmp_path / "file.pt")
+    read = read_pickled(tmp_path / "file.pt")
+    assert read["number"].arguments == (15,)
+    assert read["name"].arguments[0].pickled_as == "signal.Signals"
+    assert read["name"].arguments[1] == "SIGTERM"
+
+
+def test_the_stage_of_partitions_is_read_whichever_python_pickled_it(tmp_path):
+    content = {"number": Payload(ZeroStageEnum, 2), "name": Payload(getattr, ZeroStageEnum, "gradients"), "plain": 2}
+    torch.save(content, tmp_path / "file.pt")
+    read = read_pickled(tmp_path / "file.pt")
+    assert [Partition(tmp_path, 0, {"zero_stage": read[key]}).stage for key in content] == [2, 2, 2]
 
 
 def test_a_file_of_the_oldest_form_is_read(tmp_path):
