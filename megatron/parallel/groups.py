@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from megatron.parallel.mesh import AXES, Mesh
-
-if TYPE_CHECKING:
-    from megatron.parallel.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -23,14 +19,11 @@ class Group:
         ranks: their global ranks, ascending.
         rank: this process's index in `ranks`, not its global rank.
         handle: what `torch.distributed` takes as `group`; None for a group of one, which never communicates.
-        transport: of a tensor group, what carries pieces of activations while products run; None: collectives before
-            and after the products carry them whole.
     """
 
     ranks: tuple[int, ...]
     rank: int
     handle: dist.ProcessGroup | None
-    transport: Transport | None = None
 
     @property
     def size(self) -> int:

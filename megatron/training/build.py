@@ -134,7 +134,7 @@ def _build_engine(
     compiled = "; blocks compiled" if config.kernels.compile else ""
     choices = [
         f" attention: {attention.name}, {attention_reason}",
-        " shards of the sequence travel by messages, beside the products" if place.groups.tensor.transport else None,
+        " each half of a micro-batch computes while shards of the other travel" if config.parallel.in_halves else None,
         f" kernels: {reason}{compiled}",
         recompute.describe(),
         memory.describe() if place.device.type == "cuda" else None,  # of a process on a CPU it is a part
