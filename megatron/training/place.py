@@ -50,7 +50,7 @@ def join_ranks(parallel: ParallelConfig, seed: int, environment: RankEnvironment
         ulysses=parallel.ds_sequence_parallel_size,
         tensor=parallel.tensor_model_parallel_size,
     )
-    groups = create_groups(mesh, environment.rank, timeout)
+    groups = create_groups(mesh, environment.rank, timeout, tensor_first=parallel.in_halves)
     streams = seed_everything(seed, groups, device)
     control = Control.of_world(timeout)
     table = describe_ranks(mesh, [Seat(*seat) for seat in control.gather((socket.gethostname(), str(device)))])

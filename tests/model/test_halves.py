@@ -51,7 +51,7 @@ def on_tensor_ranks(*, in_halves, policy=NONE, mlp_chunk_size=0, **changes):
 
 def inputs(batch):
     """Tokens with positions, documents and padding that differ from sample to sample."""
-    tokens = random_tokens(batch, 17)
+    tokens = random_tokens(batch, 17).to(torch.get_default_device())
     starts = torch.arange(batch)[:, None]
     return {
         "tokens": tokens[:, :-1],

@@ -1,8 +1,9 @@
-"""What the other files of this folder prove over gloo, once more over NCCL."""
+"""What the other files of this folder prove over gloo, and what halves of a micro-batch do, once more over NCCL."""
 
 import pytest
 import torch
 
+from tests.model import test_halves as halves
 from tests.parallel import test_collectives as collectives
 from tests.parallel import test_cross_entropy as cross_entropy
 from tests.parallel import test_embedding as embedding
@@ -35,6 +36,8 @@ def name_of(item):
         (linear.row_matches_dense, (True, False)),
         (linear.row_matches_dense, (True, True)),
         (linear.gated_mlp_matches_dense, (True,)),
+        (halves.halves_change_no_number, ("gpt2", 4, 0)),
+        (halves.halves_change_no_number, ("one key/value head", 2, 24)),
         (embedding.embedding_matches_dense, (False,)),
         (embedding.embedding_matches_dense, (True,)),
         (embedding.positions_match_dense, (False,)),
