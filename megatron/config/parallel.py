@@ -36,11 +36,6 @@ class ParallelConfig:
     )
 
     @property
-    def in_halves(self) -> bool:
-        """Whether blocks take a micro-batch in two halves: where tensor ranks have something to send."""
-        return self.tp_comm_overlap == "halves" and self.tensor_model_parallel_size > 1
-
-    @property
     def stage_blocks(self) -> tuple[int, ...] | None:
         """Blocks of each stage, as `pipeline_partition` says; None when it is not given.
 

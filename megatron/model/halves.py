@@ -1,18 +1,19 @@
-"""Blocks over a micro-batch in two halves: while shards of one half travel between tensor ranks, the other computes.
+"""Blocks over a micro-batch in two halves: while shards of one travel between tensor ranks, the other computes.
 
-With sequence parallelism a block waits for its tensor group four times: attention and MLP each gather the sequence before
-their first product and sum over the ranks after their last. The halves take turns, which end where a collective has been
-started or is about to be waited for; a half waits no earlier than its next turn, and one of the other's lies between:
+With sequence parallelism a block needs its tensor group four times: attention and MLP each gather the sequence before
+their first product, and sum over the ranks after their last. The halves take turns, and whatever a half starts at the
+end of one turn it waits for in its next, after one of the other half:
 
-    first half   | norm | up |      | down |    | norm | qkv |      | attend |     | norm | ...
-    second half  |           | norm |      | up |            | norm |        | qkv |
-    under way           <a 1>   <b 2>  <a 2> <b 1> ...
+    computes |norm 1|        |qkv 1|norm 2|attend 1|qkv 2|norm 1|attend 2|up 1 |norm 2| down 1 |up 2 |norm 1| ...
+    travels         |gather 1|            |gather 2|sum 1|      |gather 1|sum 2|      |gather 2|sum 1|      | ...
 
-"norm" waits for the sum before it and starts to gather, "up" and "qkv" wait for what is gathered, and "down" and "attend"
-start the sum over the ranks (the ideas are those of Wang et al. 2024, "Domino", arXiv:2409.15241, and of two micro-batches in turns).
+"norm" has the residual sum before it, "attend" the product of attention's output after it. Only the first gathering and
+the last sum have nothing beside them.
 
-Backward needs nothing of its own: autograd runs what is ready in the reverse order of forward, so the halves take turns
-there as well, and each collective's conjugate travels beside the other half.
+Backward needs nothing of its own. Of the nodes that are ready, autograd runs the one that forward made last, so that
+the halves take the same turns in reverse order, each with the conjugate of its collective. The idea of two halves is
+that of Wang et al. 2024, "Domino: eliminating communication in LLM training via generic tensor slicing and
+overlapping", arXiv:2409.15241.
 
 Legend: s sequence, b micro-batch, h hidden, t tensor ranks.
 """

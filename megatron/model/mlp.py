@@ -61,9 +61,7 @@ class MLP(nn.Module):
     def contract(self, inner: Tensor, *, with_bias: bool = True) -> RowOutput:
         """Do the rest of `forward` but for the end of the sum over the ranks."""
         if self.chunks is not None:
-            return RowOutput(
-                Scattering(self._in_chunks(inner, self.chunks)), self.down.own_bias if with_bias else None
-            )
+            return RowOutput(Scattering(self._in_chunks(inner, self.chunks)), self.down.own_bias if with_bias else None)
         inner = self.activation(inner, self.up.bias) if self.activation_adds_bias else self.activation(inner)
         return self.down.start(inner, with_bias=with_bias)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megatron.config.model import ModelConfig
 from megatron.kernels.choice import PLAIN, Kernels
 from megatron.model.context import Context
-from megatron.parallel.collectives import sum_gradient
+from megatron.parallel.collectives import sum_gradients
 from megatron.parallel.groups import Group
 from megatron.parallel.sharding import mark_init
 
@@ -57,8 +57,10 @@ class Norm(nn.Module):
         return stream, normed
 
     def _parameters_of_sum(self) -> tuple[Tensor, Tensor | None]:
-        bias = None if self.bias is None else sum_gradient(self.bias, self.shards)
-        return sum_gradient(self.weight, self.shards), bias
+        if self.bias is None:
+            return sum_gradients(self.shards, self.weight)[0], None
+        weight, bias = sum_gradients(self.shards, self.weight, self.bias)
+        return weight, bias
 
     def _settings(self) -> dict[str, Any]:
         return {"epsilon": self.epsilon, "weight_offset": self.weight_offset, "centred": self.centred}

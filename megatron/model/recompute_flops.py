@@ -74,8 +74,9 @@ def recomputed_flops_per_token(
 
     The second pass over a unit of blocks ends as soon as backward has all it needs. Only dropout needs the output of
     the unit's last product; without it that product is not run again, nor any of an MLP in chunks, whose own backward
-    runs its first product again in any case. Of a micro-batch in parts that is so for the last one. Under "selective" the whole core of attention is counted, as a fused
-    kernel repeats it; one that is written out ends before its second product.
+    runs its first product again in any case. Where blocks cut the micro-batch, that spares the last part alone. Under
+    "selective" the whole core of attention is counted, as a fused kernel repeats it; one that is written out ends
+    before its second product.
 
     Args:
         config: the architecture.

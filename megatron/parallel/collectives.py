@@ -14,9 +14,8 @@ On a group of one each of them returns its input. Activations are [s, b, h]; dim
 The first and third pair move the same data forward and differ in what they take the gradient of a gathered tensor to
 be: complete on every rank (`gather_dim`), or a summand on each (`all_gather_sequence`).
 
-The last one also comes in two halves, its start and its end, between which others may compute: forward until `wait`, and
-backward until the gradient comes to the start. `start_gathering_sequence` is the start of a gathering whose end is a
-product (`linear.py`).
+The last one can be had as its start and its end, between which something else may run, in backward as well. Of the
+last but one there is a start, `start_gathering_sequence`, whose end is a product (`linear.py`).
 """
 
 from __future__ import annotations
@@ -131,7 +130,12 @@ def sum_gradient(param: nn.Parameter, group: Group) -> Tensor:
     Each rank's backward sees the part of the gradient that stems from its shard. Read through here, the parameter
     receives the sum of all parts on every rank, before any engine, hook or accumulation sees it.
     """
-    return copy_to_group(param, group)
+    return sum_gradients(group, param)[0]
+
+
+def sum_gradients(group: Group, *params: nn.Parameter) -> tuple[Tensor, ...]:
+    """Do as `sum_gradient` for parameters of one dtype whose gradients come together: one collective sums them."""
+    return params if group.size == 1 else _SumGradients.apply(group, *params)
 
 
 def gather_dim(tensor: Tensor, group: Group, dim: int = -1) -> Tensor:
@@ -194,6 +198,21 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _sum(grad, ctx.group), None
+
+
+class _SumGradients(torch.autograd.Function):
+    """Identity forward, one all-reduce of all gradients backward."""
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, *params: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(param.view_as(param) for param in params)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sums = start_all_reduce(torch.cat([grad.flatten() for grad in grads]), ctx.group).wait()
+        parts = sums.split([grad.numel() for grad in grads])
+        return None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True))
 
 
 class _Reduce(torch.autograd.Function):

@@ -154,7 +154,7 @@ class RowParallelLinear(nn.Module):
         return self.start(input).wait()
 
     def start(self, input: Tensor, *, with_bias: bool = True) -> RowOutput:
-        """Do as `forward` but for the end of the sum over the ranks; without the bias a caller adds `own_bias` later."""
+        """Do as `forward`, up to the start of the sum over the ranks; without the bias, which is `own_bias`, at will."""
         if self.group.size == 1:
             bias = self.bias if with_bias else None
             return RowOutput(Scattering(linear(input, self.weight, bias, products=self.products)))
@@ -232,9 +232,9 @@ class _ColumnProduct(torch.autograd.Function):
 
     Written apart, autograd would keep the gathered input for the weight's gradient, t times the shard, and would wait
     for the collective of the input's gradient before it starts on the weight's. Here the shard is kept and gathered
-    again in backward, and both collectives of backward run beside a product. For the shard's gradient it is the start of
-    the gathering that waits. An input that is not gathered is kept in the form that the weight's gradient takes, where
-    there will be one. The weight is kept as it is: its owner may put it away meanwhile.
+    again in backward, and both collectives of backward run beside a product; the start of the gathering waits for the
+    shard's gradient. An input that is not gathered is kept in the form that the weight's gradient takes. The weight is
+    kept as it is: its owner may put it away meanwhile.
     """
 
     @staticmethod

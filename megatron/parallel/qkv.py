@@ -27,8 +27,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config.errors import ConfigError
-from megatron.parallel.groups import Group
 from megatron.parallel.collectives import Gathering
+from megatron.parallel.groups import Group
 from megatron.parallel.linear import column_parallel_product, gathered_input
 from megatron.parallel.products import PLAIN, Products
 from megatron.parallel.sharding import divide, mark_init, mark_sharded

@@ -50,8 +50,13 @@ def join_ranks(parallel: ParallelConfig, seed: int, environment: RankEnvironment
         ulysses=parallel.ds_sequence_parallel_size,
         tensor=parallel.tensor_model_parallel_size,
     )
-    groups = create_groups(mesh, environment.rank, timeout, tensor_first=parallel.in_halves)
+    groups = create_groups(mesh, environment.rank, timeout, tensor_first=takes_halves(parallel))
     streams = seed_everything(seed, groups, device)
     control = Control.of_world(timeout)
     table = describe_ranks(mesh, [Seat(*seat) for seat in control.gather((socket.gethostname(), str(device)))])
     return Place(device=device, groups=groups, control=control, streams=streams, rank_table=tuple(table))
+
+
+def takes_halves(parallel: ParallelConfig) -> bool:
+    """Whether blocks take a micro-batch in two halves: where tensor ranks have something to send."""
+    return parallel.tp_comm_overlap == "halves" and parallel.tensor_model_parallel_size > 1

@@ -58,7 +58,8 @@ def inputs(batch):
         "labels": tokens[:, 1:],
         "position_ids": torch.arange(16) + starts,
         "document_ids": (torch.arange(16) + 3 * starts) // 7,
-        "attention_mask": (torch.arange(16) >= starts % 2)[:, None, None, :].expand(batch, 1, 16, 16) | torch.eye(16).bool(),
+        "attention_mask": (torch.arange(16) >= starts % 2)[:, None, None, :].expand(batch, 1, 16, 16)
+        | torch.eye(16).bool(),
     }
 
 
@@ -70,7 +71,9 @@ def loss_and_gradients(model, batch):
 def halves_change_no_number(kind, batch, mlp_chunk_size):
     for policy in POLICIES.values():
         found, expected = (
-            loss_and_gradients(on_tensor_ranks(in_halves=x, policy=policy, mlp_chunk_size=mlp_chunk_size, **KINDS[kind]), batch)
+            loss_and_gradients(
+                on_tensor_ranks(in_halves=x, policy=policy, mlp_chunk_size=mlp_chunk_size, **KINDS[kind]), batch
+            )
             for x in (True, False)
         )
         for mine, theirs in zip(found, expected, strict=True):
@@ -78,7 +81,8 @@ def halves_change_no_number(kind, batch, mlp_chunk_size):
 
 
 @pytest.mark.parametrize(
-    ("kind", "batch", "mlp_chunk_size"), [("gpt2", 4, 0), ("llama", 2, 0), ("one key/value head", 6, 0), ("llama", 4, 24)]
+    ("kind", "batch", "mlp_chunk_size"),
+    [("gpt2", 4, 0), ("llama", 2, 0), ("one key/value head", 6, 0), ("llama", 4, 24)],
 )
 def test_halves_change_no_number_whatever_is_recomputed(kind, batch, mlp_chunk_size):
     run_on_ranks(2, halves_change_no_number, kind, batch, mlp_chunk_size)

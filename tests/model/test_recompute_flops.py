@@ -118,9 +118,7 @@ def products_seen(in_halves):
 
 @pytest.mark.parametrize("in_halves", [False, True])
 def test_products_of_a_tensor_rank_are_those_that_recompute_sees(in_halves):
-    shape = UnitShape(
-        tokens=TOKENS, seq_length=SEQUENCE, tensor_size=2, parts=2 if in_halves else 1, itemsize=4
-    )
+    shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, tensor_size=2, parts=2 if in_halves else 1, itemsize=4)
     planned = [(p.flops, p.num_bytes) for p in unit_products(tiny_config(**LLAMA), shape, 1).values()]
     assert run_on_ranks(2, products_seen, in_halves) == [planned] * 2
 
