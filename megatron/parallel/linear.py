@@ -154,7 +154,10 @@ class RowParallelLinear(nn.Module):
         return self.start(input).wait()
 
     def start(self, input: Tensor, *, with_bias: bool = True) -> RowOutput:
-        """Do as `forward`, up to the start of the sum over the ranks; without the bias, which is `own_bias`, at will."""
+        """Do as `forward`, up to the start of the sum over the ranks.
+
+        Without the bias, it is left to the caller to add `own_bias`.
+        """
         if self.group.size == 1:
             bias = self.bias if with_bias else None
             return RowOutput(Scattering(linear(input, self.weight, bias, products=self.products)))
