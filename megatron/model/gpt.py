@@ -251,7 +251,7 @@ class GPT(nn.Module):
             part: consecutive indices of stages.
         """
         stages, blocks = self.stages(), self.blocks_in(part)
-        run_blocks = run_stages if context.halves is None else run_in_halves
+        run_blocks = run_stages if context.halves is None else partial(run_in_halves, group=self.groups.tensor)
         x = run_stages(stages[part.start : blocks.start], x, context)
         for unit in self.recompute_policy.units(len(blocks)):
             members = stages[blocks.start + unit.first : blocks.start + unit.end]

@@ -29,18 +29,31 @@ from torch import Tensor, nn
 
 from megatron.model.block import Block
 from megatron.model.context import Context
+from megatron.parallel.gradient_sums import read_together
+from megatron.parallel.groups import Group
 
 Turns = Generator[None, None, Tensor]
 """Stops after each turn, and returns the result of the last."""
 
 
-def run_in_halves(blocks: Sequence[nn.Module], hidden: Tensor, context: Context) -> Tensor:
-    """Take hidden states [s/t, b, h] through blocks; b is even, and `context.halves` says what each half may read."""
+def run_in_halves(blocks: Sequence[nn.Module], hidden: Tensor, context: Context, *, group: Group) -> Tensor:
+    """Take hidden states [s/t, b, h] through blocks.
+
+    Args:
+        blocks: consecutive ones.
+        hidden: of a micro-batch whose b is even.
+        context: `halves` says what each half may read.
+        group: the tensor group.
+
+    Raises:
+        ValueError: the context has no halves.
+    """
     if context.halves is None:
         raise ValueError("the context of a micro-batch in halves has one for each of them")
     halves = (half.contiguous() for half in hidden.chunk(2, dim=1))
     first, second = (_turns(blocks, half, own) for half, own in zip(halves, context.halves, strict=True))
-    return torch.cat(alternate(first, second), dim=1)
+    with read_together(blocks, group):
+        return torch.cat(alternate(first, second), dim=1)
 
 
 def alternate(first: Turns, second: Turns) -> list[Tensor]:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron.parallel.groups import Group
 
@@ -124,20 +124,6 @@ def reduce_from_group(tensor: Tensor, group: Group) -> Tensor:
     return tensor if group.size == 1 else _Reduce.apply(tensor, group)
 
 
-def sum_gradient(param: nn.Parameter, group: Group) -> Tensor:
-    """Read a replicated parameter that this rank uses on its shard of the activations only.
-
-    Each rank's backward sees the part of the gradient that stems from its shard. Read through here, the parameter
-    receives the sum of all parts on every rank, before any engine, hook or accumulation sees it.
-    """
-    return sum_gradients(group, param)[0]
-
-
-def sum_gradients(group: Group, *params: nn.Parameter) -> tuple[Tensor, ...]:
-    """Do as `sum_gradient` for parameters of one dtype whose gradients come together: one collective sums them."""
-    return params if group.size == 1 else _SumGradients.apply(group, *params)
-
-
 def gather_dim(tensor: Tensor, group: Group, dim: int = -1) -> Tensor:
     """Concatenate the ranks' slices along `dim`, for computations that every rank does alike."""
     return tensor if group.size == 1 else _Gather.apply(tensor, group, dim)
@@ -198,21 +184,6 @@ class _Copy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _sum(grad, ctx.group), None
-
-
-class _SumGradients(torch.autograd.Function):
-    """Identity forward, one all-reduce of all gradients backward."""
-
-    @staticmethod
-    def forward(ctx: Any, group: Group, *params: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
-        return tuple(param.view_as(param) for param in params)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        sums = start_all_reduce(torch.cat([grad.flatten() for grad in grads]), ctx.group).wait()
-        parts = sums.split([grad.numel() for grad in grads])
-        return None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True))
 
 
 class _Reduce(torch.autograd.Function):

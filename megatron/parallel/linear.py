@@ -34,8 +34,8 @@ from megatron.parallel.collectives import (
     start_gathering_sequence,
     start_reduce_scatter,
     start_scattering_sequence,
-    sum_gradient,
 )
+from megatron.parallel.gradient_sums import SumsGradients
 from megatron.parallel.groups import Group
 from megatron.parallel.products import PLAIN, Operand, Products
 from megatron.parallel.sharding import InitKind, divide, mark_init, mark_sharded
@@ -109,7 +109,7 @@ class ColumnParallelLinear(nn.Module):
         )
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(SumsGradients):
     """Product whose input features are divided over the ranks of a group.
 
     Parameters are empty until initialised (`mark_init`).
@@ -171,7 +171,17 @@ class RowParallelLinear(nn.Module):
     @property
     def own_bias(self) -> Tensor | None:
         """The bias as it must be read: where ranks have shards of the output, its gradient is summed over them."""
-        return sum_gradient(self.bias, self.group) if self.bias is not None and self.sequence_parallel else self.bias
+        return self.read()[0] if self.summed_parameters else self.bias
+
+    @property
+    def summed_parameters(self) -> tuple[nn.Parameter, ...]:
+        """The bias, where ranks add it to shards of the output."""
+        return (self.bias,) if self.bias is not None and self.sequence_parallel else ()
+
+    @property
+    def summing_group(self) -> Group:
+        """The tensor group."""
+        return self.group
 
 
 class RowOutput(NamedTuple):

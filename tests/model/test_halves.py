@@ -13,8 +13,8 @@ from megatron.model.context import Context, KeyValueCache
 from megatron.model.gpt import GPT
 from megatron.model.halves import alternate, run_in_halves
 from megatron.model.init import initialize_parameters
-from megatron.parallel import collectives
-from megatron.parallel.groups import create_groups
+from megatron.parallel import collectives, gradient_sums
+from megatron.parallel.groups import Group, create_groups
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.recompute import NONE, RecomputePolicy
 from tests.model.tiny import LLAMA, VOCAB_SIZE, backend_called, random_tokens, tiny_config
@@ -132,7 +132,7 @@ def events_of_two_blocks():
     with Recording() as recording, ExitStack() as patches:
         patches.enter_context(mock.patch.object(collectives, "Exchange", recording.exchange))
         patches.enter_context(mock.patch.object(halves, "alternate", recording.alternate))
-        output = run_in_halves(blocks, hidden, context)
+        output = run_in_halves(blocks, hidden, context, group=model.groups.tensor)
         forward, recording.events = recording.events, []
         output.backward(torch.ones_like(output))
     return forward, recording.events
@@ -168,6 +168,23 @@ def test_each_half_waits_no_sooner_than_a_turn_of_the_other_after_it_has_started
         assert found == (forward, backward)
 
 
+def sums_of_small_gradients():
+    """How many collectives sum the gradients of norms and biases, and over how many elements."""
+    model = on_tensor_ranks(in_halves=True)
+    blocks, context = model.stages()[2:4], model.context(torch.zeros(2, 16, dtype=torch.long))
+    start, sizes = gradient_sums.start_all_reduce, []
+    with mock.patch.object(
+        gradient_sums, "start_all_reduce", lambda grad, group: sizes.append(grad.numel()) or start(grad, group)
+    ):
+        run_in_halves(blocks, torch.ones(8, 2, 32), context, group=model.groups.tensor).sum().backward()
+    return sizes
+
+
+def test_gradients_of_norms_and_biases_of_all_blocks_and_both_halves_are_summed_by_one_collective():
+    of_a_block = 32 * 6  # weight and bias of two norms, and two biases
+    assert run_on_ranks(2, sums_of_small_gradients) == [[2 * of_a_block]] * 2
+
+
 def test_the_first_half_is_a_turn_ahead():
     order = []
 
@@ -195,4 +212,4 @@ def test_an_uneven_micro_batch_and_one_with_a_cache_are_taken_whole():
 
 def test_halves_without_contexts_of_their_own_are_refused():
     with pytest.raises(ValueError, match="one for each"):
-        run_in_halves([], torch.ones(2, 2, 2), Context())
+        run_in_halves([], torch.ones(2, 2, 2), Context(), group=Group.alone())
