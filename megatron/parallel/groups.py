@@ -118,14 +118,17 @@ def _create_own(
 def _create_handle(ranks: tuple[int, ...], timeout: timedelta | None, first: bool) -> dist.ProcessGroup | None:
     if len(ranks) == 1:
         return None
-    options = _options_of_first() if first else None
+    options = _options_of_first(timeout) if first else None
     if len(ranks) == dist.get_world_size() and options is None:
         return dist.group.WORLD  # one communicator less: its buffers are memory on every GPU
     return dist.new_group(list(ranks), timeout=timeout, pg_options=options)
 
 
-def _options_of_first() -> Any | None:
+def _options_of_first(timeout: timedelta | None) -> Any | None:
     """Give what makes NCCL use a stream of high priority; gloo has none."""
     if dist.get_backend() != "nccl":
         return None
-    return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if timeout is not None:
+        options._timeout = timeout  # torch sets it in any case, and warns where it was another one
+    return options
