@@ -11,7 +11,8 @@ Flags of its own come before or between those of pretrain_gpt.py, which win over
   --ranks N         processes of this machine, one for each GPU (default: 1)
   --steps K         optimizer steps that count (default: 5)
   --warm-up W       steps before them, a multiple of K (default: K); with 0 the first step counts, and so does what it
-                    alone does: kernels are loaded, products planned, memory found
+                    alone does: kernels are loaded, products planned, memory found, but none of it for the numbers that
+                    the optimizer makes at its end
   --accumulate N    micro-batches of a step, unless --global-batch-size says it (default: 1)
   --sweep NAME=A,B,...   one run for each value of a flag; `seq` and `mbs` are --seq-length and --micro-batch-size, 2k
                     is 2048, 1M 1048576, A..B doubles from A to B; several sweeps make all combinations
@@ -184,7 +185,8 @@ def measure(options: argparse.Namespace, words: Sequence[str], swept: dict[str, 
     row: Row = {"swept": swept, "ranks": options.ranks, "flags": words}
     try:
         plan = predict_run(config, options.ranks)
-        row |= {"predicted_gib": plan.to_json()["peak"], "predicted": plan.to_json()}
+        peak = plan.first_peak if options.warm_up + options.steps == 1 else plan.peak
+        row |= {"predicted_gib": peak / 2**30, "predicted": plan.to_json()}
         return row if options.predict else row | run(config, options)
     except UserError as error:
         if not swept:

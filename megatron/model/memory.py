@@ -56,21 +56,25 @@ def block_memory(
     return BlockMemory(
         kept=round(rows * (whole + divided)),
         stream=round(rows * stream_item * hidden / shards),
-        working=round(_working_bytes(config, shape, rows * stream_item * hidden / shards, fp8=fp8)),
+        working=round(_working_bytes(config, shape, rows * stream_item * hidden / shards, gathers=shards > 1, fp8=fp8)),
     )
 
 
-def _working_bytes(config: ModelConfig, shape: UnitShape, stream: float, *, fp8: bool) -> float:
+def _working_bytes(config: ModelConfig, shape: UnitShape, stream: float, *, gathers: bool, fp8: bool) -> float:
     """Count what backward of a block adds at most: in its MLP, or where that is in chunks, in either half."""
     itemsize, hidden, tensor = shape.itemsize, config.hidden_size, shape.tensor_size
-    gathered = 2 * itemsize * hidden  # a product's whole input, and its gradient
     halves, inner = 2 if config.gated else 1, config.ffn_hidden_size / tensor
-    widths = (halves + 1) * inner
     if not shape.mlp_chunk:
-        return shape.tokens * (itemsize * widths + fp8 * 2 * halves * inner + gathered) + stream
+        # Of the down product, the activation, the up product in turn: what came out of one is freed with the next.
+        of_down = inner + hidden * gathers
+        of_activation = halves * inner * (itemsize + 2 * fp8) / itemsize
+        of_up = hidden * (1 + gathers) - inner
+        return itemsize * shape.tokens * max(of_down, of_activation, of_up) + stream
+    gathered = 2 * itemsize * hidden  # a product's whole input, and its gradient
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.kv_channels / tensor
     attention = shape.tokens * (2 * itemsize * heads + gathered) + stream  # the gradients of heads, apart and joined
     # The inside of a chunk and its gradients, and the sums of the weights' in fp32 beside what they are rounded to.
+    widths = (halves + 1) * inner
     mlp = shape.mlp_chunk * (2 * itemsize * widths + 2 * gathered) + (4 + itemsize) * hidden * widths + 2 * stream
     return max(attention, mlp)
 

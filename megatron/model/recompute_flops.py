@@ -53,12 +53,17 @@ def unit_products(config: ModelConfig, shape: UnitShape, num_blocks: int) -> dic
 
 
 def kept_products(config: ModelConfig, shape: UnitShape, num_blocks: int, budget_bytes: int) -> dict[int, Product]:
-    """Choose from them what the policy "products" keeps, once it knows how far recompute goes."""
+    """Choose from them what the policy "products" keeps."""
     products = unit_products(config, shape, num_blocks)
-    budget = ProductBudget(budget_bytes)
-    of_last_mlp = 2 * len(_chunks(_part(shape))) if shape.mlp_chunk else 1
-    budget.note_reach(len(products), len(products) - (of_last_mlp if config.hidden_dropout == 0 else 0))
+    budget = ProductBudget(budget_bytes, unasked=unasked_products(config, shape))
     return budget.choose(products, len(products))
+
+
+def unasked_products(config: ModelConfig, shape: UnitShape) -> int:
+    """Count the products at the end of a unit whose results nothing in backward reads: dropout alone would."""
+    if config.hidden_dropout:
+        return 0
+    return 2 * len(_chunks(_part(shape))) if shape.mlp_chunk else 1
 
 
 def recomputed_flops_per_token(

@@ -47,6 +47,8 @@ class RecomputePolicy:
             each a unit, while the others keep their activations.
         num_layers: see `method`.
         budget_bytes: what the products kept by one unit may take, under "products".
+        unasked_products: how many of a unit's last products backward does not need; known in advance, the first step
+            keeps what the others do.
         split_over: ranks that hold the same hidden states, each of which keeps a share of a unit's input; backward
             gathers them. With sequence parallelism the ranks hold different shards already: leave it alone.
         on_host: whether a unit's input waits in the host's memory.
@@ -59,6 +61,7 @@ class RecomputePolicy:
     method: Method = "uniform"
     num_layers: int = 1
     budget_bytes: int = 0
+    unasked_products: int = 0
     split_over: Group = field(default_factory=Group.alone)
     on_host: bool = False
 
@@ -91,7 +94,9 @@ class RecomputePolicy:
     @cached_property
     def _options(self) -> dict[str, Any]:
         """What torch is told of this policy: nothing where nothing is kept, as it compiles no contexts."""
-        return {"context_fn": ProductBudget(self.budget_bytes).contexts} if self.budget_bytes else {}
+        if not self.budget_bytes:
+            return {}
+        return {"context_fn": ProductBudget(self.budget_bytes, unasked=self.unasked_products).contexts}
 
 
 NONE = RecomputePolicy()

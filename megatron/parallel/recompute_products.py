@@ -47,10 +47,13 @@ class ProductBudget:
 
     Args:
         budget_bytes: what the results that one unit keeps may take.
+        unasked: how many of a unit's last products recompute is expected not to come to; once a unit was recomputed,
+            what it came to counts.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, *, unasked: int = 0) -> None:
         self.budget_bytes = budget_bytes
+        self.unasked = unasked
         self._reached: dict[int, int] = {}
         """How many products recompute came to, by how many the unit has: it stops at the last activation needed."""
 
@@ -67,7 +70,7 @@ class ProductBudget:
             total: products of the unit.
         """
         # The last ones, a block's down projection for one, are never asked for again when only a sum follows them.
-        reached = self._reached.get(total, total)
+        reached = self._reached.get(total, total - self.unasked)
         left, kept = self.budget_bytes, {}
         ranking = sorted(products, key=lambda n: (-products[n].flops / products[n].num_bytes, n))
         for number in ranking:

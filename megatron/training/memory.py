@@ -29,6 +29,9 @@ from megatron.training.recompute import GIB, Recompute, micro_batches_in_flight
 WORKSPACE_BYTES = 2**26
 """Of the library that multiplies matrices, on a GPU."""
 
+FOUND = frozenset({"attention", "scores", "weighted values", "up"})
+"""Products whose results backward of a block reads as they are."""
+
 LIVE_PARAMETERS = 1_000_000_000
 """Gathered weights that ZeRO-3 keeps at most, as `engine.settings` writes it."""
 
@@ -45,6 +48,7 @@ class StateMemory:
         made: gradients that a backward pass adds.
         reducing: what the reduction adds to all that.
         stepping: what the optimizer's step adds.
+        first_made: of the optimizer's own, what is made in the first step.
     """
 
     weights: float
@@ -54,6 +58,7 @@ class StateMemory:
     made: float = 0
     reducing: float = 0
     stepping: float = 0
+    first_made: float = 0
 
     @property
     def total(self) -> float:
@@ -85,6 +90,11 @@ class MemoryPlan:
     def peak(self) -> float:
         """Bytes at the fullest moment."""
         return max(self.moments.values())
+
+    @property
+    def first_peak(self) -> float:
+        """Bytes at the fullest moment of the first step, at whose end the optimizer makes its own numbers."""
+        return max(size - self.state.first_made * (name != "step") for name, size in self.moments.items())
 
     @property
     def peak_gib(self) -> float:
@@ -233,17 +243,32 @@ def _activations(recompute: Recompute, stage: int, block: BlockMemory) -> _Activ
     if not units:
         return _Activations(whole, block.working, leaving, behind)
     inputs = 0 if policy.on_host else recompute.input_bytes
-    products = sum(_kept_bytes(recompute, policy, size) for size in units)
+    products = [_kept_bytes(recompute, policy, size) for size in units]
     # A unit's input is kept already, and is not on the host, from where that of the next one comes beside the work.
-    entering = max(units) * block.kept + block.working + (recompute.input_bytes if policy.on_host else -block.stream)
-    return _Activations(whole + len(units) * inputs + products, entering, leaving, behind)
+    entering = max(units) * block.kept - products[-1].found + block.working
+    entering += recompute.input_bytes if policy.on_host else -block.stream
+    kept = whole + len(units) * inputs + sum(of_unit.kept for of_unit in products)
+    return _Activations(kept, entering, leaving, behind)
 
 
-def _kept_bytes(recompute: Recompute, policy: RecomputePolicy, size: int) -> int:
+class _KeptBytes(NamedTuple):
+    """Of the products that a unit keeps, in bytes.
+
+    Attributes:
+        kept: by all of them.
+        found: by those that are what blocks keep anyway. The others are made into that.
+    """
+
+    kept: int
+    found: int
+
+
+def _kept_bytes(recompute: Recompute, policy: RecomputePolicy, size: int) -> _KeptBytes:
     if policy.granularity != "products":
-        return 0
+        return _KeptBytes(0, 0)
     products = kept_products(recompute.config, recompute.shape, size, policy.budget_bytes).values()
-    return sum(product.num_bytes for product in products)
+    found = sum(product.num_bytes for product in products if product.result in FOUND)
+    return _KeptBytes(sum(product.num_bytes for product in products), found)
 
 
 def state_memory(
@@ -268,6 +293,7 @@ def state_memory(
     in_fp32 = training.accumulate_allreduce_grads_in_fp32
     bucket = min(parameters, engine.zero_reduce_bucket_size)
     optimizer = 0 if engine.cpu_optimizer else (1 + optimizer_slots) * 4 * parameters / replicas
+    first_made = optimizer * optimizer_slots / (1 + optimizer_slots)
     if engine.zero_stage == 0:
         gradients = 4 * parameters * accumulates
         return StateMemory(
@@ -275,6 +301,7 @@ def state_memory(
             gradients=gradients,
             optimizer=optimizer_slots * 4 * parameters,
             made=4 * parameters - gradients,
+            first_made=optimizer_slots * 4 * parameters,
         )
     if engine.zero_stage == 1 and training.precision == "bf16" and in_fp32 and not engine.cpu_optimizer:
         # The sums are there from the start; a micro-batch's own gradients are freed once they are added.
@@ -286,8 +313,10 @@ def state_memory(
             made=own,
             reducing=max(4 * bucket - own, 0),
             stepping=max(gathering - own, 0) if replicas > 1 else 0,
+            first_made=first_made,
         )
-    return _partitioned(parameters, item, 4 if in_fp32 else item, engine, replicas, optimizer, accumulates)
+    state = _partitioned(parameters, item, 4 if in_fp32 else item, engine, replicas, optimizer, accumulates)
+    return replace(state, first_made=first_made)
 
 
 def _partitioned(

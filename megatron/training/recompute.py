@@ -12,7 +12,13 @@ from megatron.config.kernels import KernelsConfig
 from megatron.config.model import ModelConfig
 from megatron.config.training import TrainingConfig
 from megatron.kernels.attention.interface import AttentionBackend
-from megatron.model.recompute_flops import AttentionProducts, UnitShape, kept_products, recomputed_flops_per_token
+from megatron.model.recompute_flops import (
+    AttentionProducts,
+    UnitShape,
+    kept_products,
+    recomputed_flops_per_token,
+    unasked_products,
+)
 from megatron.parallel.chunks import SequenceChunks
 from megatron.parallel.groups import Group, ParallelGroups
 from megatron.parallel.recompute import Granularity, Method, RecomputePolicy, Unit
@@ -175,6 +181,7 @@ def build_recompute(
         granularity=cast(Granularity, kernels.recompute_granularity),
         method=cast(Method, kernels.recompute_method or "uniform"),
         num_layers=kernels.recompute_num_layers,
+        unasked_products=unasked_products(config, shape),
         split_over=split_over,
         on_host=kernels.recompute_inputs_on_host,
     )

@@ -1,16 +1,21 @@
 """What formulas say of a rank's memory is what a model has: its parameters, and what its blocks keep for backward."""
 
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron.kernels.choice import PLAIN, Kernels
 from megatron.kernels.fp8_products import Fp8Products
 from megatron.model.gpt import GPT
+from megatron.model.init import initialize_parameters
 from megatron.model.memory import block_memory, head_memory, rank_parameters
 from megatron.model.recompute_flops import UnitShape
-from megatron.parallel.groups import create_groups
+from megatron.parallel.groups import ParallelGroups, create_groups
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.recompute import NONE
 from tests.model.test_recompute import HIDDEN, SEQUENCE, TOKENS, bytes_of_a_block, formula
@@ -96,6 +101,60 @@ def test_a_block_of_ulysses_ranks_keeps_the_result_of_attention_twice():
     once, twice = (block_memory(config, shape, sequence_parallel=False, fused=False).kept for shape in shapes)
     assert twice - once == TOKENS * HIDDEN * 4
     assert run_on_ranks(2, bytes_of_a_block_of_ulysses_ranks) == [twice, twice]
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of what torch's operations make for as long as it lives, and the most that there was."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.peak = {}, 0
+
+    @property
+    def total(self):
+        return sum(self.sizes.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
+        self.peak = max(self.peak, self.total)
+        return result
+
+
+LONG = 512
+"""Tokens of a sample, beside which the gradients of weights are small."""
+
+
+def peak_of_backward(tensor_size, changes):
+    """What backward of a block adds at most, in bytes, and the formula's answer."""
+    alone = ParallelGroups.alone()
+    groups = alone if tensor_size == 1 else create_groups(Mesh(tensor=tensor_size), dist.get_rank())
+    config, sharded = tiny_config(num_layers=1, **changes), tensor_size > 1
+    model = GPT(
+        config,
+        vocab_size=VOCAB_SIZE,
+        groups=groups,
+        attention=backend_called("sdpa"),
+        sequence_parallel=sharded,
+    )
+    initialize_parameters(model, 1, 0.2, 1)
+    hidden = torch.randn(LONG // tensor_size, 2, HIDDEN, requires_grad=True)
+    with Alive() as alive:
+        result = model.stages()[2](hidden, model.context(torch.zeros(2, LONG, dtype=torch.long)))
+        alive.peak, before = 0, alive.total
+        torch.autograd.backward(result, torch.randn_like(result))
+    shape = UnitShape(tokens=2 * LONG, seq_length=LONG, tensor_size=tensor_size, itemsize=4)
+    return alive.peak - before, block_memory(config, shape, sequence_parallel=sharded, fused=False).working
+
+
+@pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt2", "llama"])
+def test_backward_of_a_block_adds_what_the_formula_says(changes):
+    for added, predicted in [peak_of_backward(1, changes), *run_on_ranks(2, peak_of_backward, 2, changes)]:
+        assert added == pytest.approx(predicted, rel=0.05)
 
 
 def test_fused_kernels_and_tensor_ranks_keep_less():

@@ -8,7 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron.model.flops import attention_flops
 from megatron.model.gpt import GPT
 from megatron.model.init import initialize_parameters
-from megatron.model.recompute_flops import UnitShape, kept_products, recomputed_flops_per_token, unit_products
+from megatron.model.recompute_flops import (
+    UnitShape,
+    kept_products,
+    recomputed_flops_per_token,
+    unasked_products,
+    unit_products,
+)
 from megatron.parallel.groups import create_groups
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.recompute import FULL, NONE, RecomputePolicy
@@ -121,6 +127,19 @@ def test_products_of_a_tensor_rank_are_those_that_recompute_sees(in_halves):
     shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, tensor_size=2, parts=2 if in_halves else 1, itemsize=4)
     planned = [(p.flops, p.num_bytes) for p in unit_products(tiny_config(**LLAMA), shape, 1).values()]
     assert run_on_ranks(2, products_seen, in_halves) == [planned] * 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("mlp_chunk_size", [0, 12])
+def test_recompute_does_not_come_to_the_products_that_nothing_asks_for(dropout, mlp_chunk_size):
+    config = tiny_config(hidden_dropout=dropout)
+    policy, reached, note = RecomputePolicy(granularity="products", budget_bytes=1), [], ProductBudget.note_reach
+    model = tiny_gpt(hidden_dropout=dropout, mlp_chunk_size=mlp_chunk_size, recompute_policy=policy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProductBudget, "note_reach", lambda self, *found: reached.append(found) or note(self, *found))
+        model(random_tokens(BATCH, SEQUENCE), random_tokens(BATCH, SEQUENCE)).backward()
+    shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, mlp_chunk=mlp_chunk_size)
+    assert {total - came_to for total, came_to in reached} == {unasked_products(config, shape)}
 
 
 def test_nothing_is_repeated_without_recompute():

@@ -131,3 +131,11 @@ def test_what_fits_is_kept_by_flops_for_each_byte_and_earlier_ones_first():
     budget.note_reach(total=4, reached=3)
     assert list(budget.choose(products, total=4)) == [2, 0]
     assert list(budget.choose(products, total=5)) == [2, 3]
+
+
+def test_the_first_step_keeps_what_the_others_do_where_it_is_known_how_far_recompute_goes():
+    products = {0: Product("cheap", 1, 4), 1: Product("last and dearest", 80, 4)}
+    budget = ProductBudget(budget_bytes=4, unasked=1)
+    assert list(budget.choose(products, total=2)) == [0]
+    budget.note_reach(total=2, reached=2)
+    assert list(budget.choose(products, total=2)) == [1]

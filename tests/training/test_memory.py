@@ -83,6 +83,22 @@ def test_recompute_trades_activations_for_one_unit_at_work():
     assert recomputed.activations < first.activations < everything.activations
 
 
+def test_a_kept_product_that_backward_reads_is_counted_once():
+    two_blocks = ("--recompute-granularity", "products", "--num-layers", "2", "--recompute-budget-gib")
+    fewer, more = (plan(*two_blocks, gib) for gib in ("0.006", "0.012"))
+    of_up = 2 * 1024 * 4 * 256
+    assert more.activations - fewer.activations == 2 * of_up
+    assert more.moments["backward"] - fewer.moments["backward"] == of_up
+
+
+def test_the_first_step_has_no_numbers_of_the_optimizers_own_before_its_end():
+    run = plan("--recompute-granularity", "full")
+    assert run.peak == run.moments["loss"]
+    assert run.first_peak == run.moments["step"] > run.moments["loss"] - 8 * run.parameters
+    long = plan("--recompute-granularity", "full", "--seq-length", "8192")
+    assert long.first_peak == long.peak - 8 * long.parameters
+
+
 def test_gradients_peak_at_the_end_of_backward_where_no_activations_go_as_they_come():
     few = ["--recompute-granularity", "full", "--seq-length", "256", "--vocab-size", "256", "--num-layers", "16"]
     on_host = plan(*few, "--recompute-inputs-on-host")
