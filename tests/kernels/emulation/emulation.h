@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -27,11 +29,17 @@ namespace emulated {
 
 constexpr int kWarpSize = 32;
 constexpr int kStackBytes = 96 * 1024;
-constexpr int kBarriers = 16;
+constexpr int kSharedBytes = 227 * 1024;
 
 struct Barrier {
   int arrived = 0;
   long long generation = 0;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
 };
 
 struct Fiber {
@@ -40,12 +48,14 @@ struct Fiber {
   uint3 index;
   int linear;
   bool is_done;
+  std::deque<std::vector<Copy>> copies;  // groups that are on their way; the last one is open
 };
 
 inline uint3 thread, block;
 inline dim3 block_size, grid_size;
 inline std::vector<Fiber> fibers;
-inline std::vector<Barrier> barriers(kBarriers), warp_barriers;
+inline Barrier barrier;
+inline std::vector<Barrier> warp_barriers;
 inline std::vector<float> exchanged;
 inline std::vector<char> dynamic;
 inline ucontext_t scheduler;
@@ -53,6 +63,12 @@ inline Fiber* running;
 inline int alive;
 inline bool has_moved;  // whether anything but waiting happened in this round
 inline std::function<void()> body;
+
+// Shared memory of a block; tests make it less.
+inline int shared_bytes() {
+  const char* given = std::getenv("EMULATED_SHARED_BYTES");
+  return given == nullptr ? kSharedBytes : std::atoi(given);
+}
 
 inline std::uint32_t random_number() {
   static std::uint32_t state = 1;
@@ -125,7 +141,7 @@ inline void start_block() {
   fibers.resize(count);
   exchanged.assign(count + kWarpSize, 0.0f);
   warp_barriers.assign((count + kWarpSize - 1) / kWarpSize, Barrier{});
-  barriers.assign(kBarriers, Barrier{});
+  barrier = Barrier{};
   alive = count;
   for (int i = 0; i < count; ++i) {
     Fiber& fiber = fibers[i];
@@ -133,6 +149,7 @@ inline void start_block() {
     fiber.index = {i % block_size.x, i / block_size.x % block_size.y, i / (block_size.x * block_size.y)};
     fiber.linear = i;
     fiber.is_done = false;
+    fiber.copies.assign(1, {});
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -174,7 +191,7 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
 }
 inline void __syncwarp() { emulated::wait_for_warp(); }
 inline void __syncthreads() {
-  emulated::arrive(emulated::barriers[0], [] { return emulated::alive; });
+  emulated::arrive(emulated::barrier, [] { return emulated::alive; });
 }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
@@ -189,8 +206,10 @@ __attribute__((weak)) cudaError_t cudaGetDevice(int* device) { return *device = 
 __attribute__((weak)) cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 __attribute__((weak)) cudaError_t cudaGetLastError() { return cudaSuccess; }
 __attribute__((weak)) const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
-__attribute__((weak)) cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = 3, cudaSuccess;  // multiprocessors: few, so that blocks take several turns
+__attribute__((weak)) cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+  constexpr int kMultiprocessors = 3;  // few, so that blocks take several turns
+  *value = name == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulated::shared_bytes() : kMultiprocessors;
+  return cudaSuccess;
 }
 }
 
@@ -198,8 +217,20 @@ namespace megatron {
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 
-inline void wait_for_group(int barrier, int threads) {
-  emulated::arrive(emulated::barriers[barrier], [threads] { return threads; });
+// Copies arrive when they are waited for, no earlier.
+template <int kBytes>
+void start_copy(void* shared, const void* global) {
+  emulated::running->copies.back().push_back({shared, global, kBytes});
+}
+
+inline void close_copies() { emulated::running->copies.emplace_back(); }
+
+template <int kPending>
+void wait_for_copies() {
+  auto& groups = emulated::running->copies;
+  for (; groups.size() > kPending + 1; groups.pop_front()) {
+    for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
 }
 
 template <typename T>
@@ -212,6 +243,9 @@ struct Place;
 template <typename... Parameters, typename... Arguments>
 void launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, const Place&,
             Arguments... arguments) {
+  if (shared_bytes > static_cast<std::size_t>(emulated::shared_bytes())) {
+    throw std::runtime_error("a block has no such shared memory");
+  }
   emulated::grid_size = grid;
   emulated::block_size = block;
   emulated::dynamic.assign(shared_bytes, '\x7f');

@@ -10,16 +10,38 @@ constexpr int kMostWarps = 32;
 constexpr int kSumRows = 8;  // threads of a block beside each other in a column of `column_sum`
 
 #ifdef __CUDACC__
-// Waits for `threads` threads, whole warps, that name the same `barrier` (1 .. 15; 0 is that of the whole block).
-__device__ __forceinline__ void wait_for_group(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // The shared memory whose size is chosen at launch.
 template <typename T>
 __device__ __forceinline__ T* dynamic_shared() {
   extern __shared__ float4 dynamic_shared_memory[];
   return reinterpret_cast<T*>(dynamic_shared_memory);
+}
+
+// Copies 8 or 16 bytes from global to shared memory, in the background where the GPU can (from Ampere on); only the
+// thread that asked may rely on them, once it has waited.
+template <int kBytes>
+__device__ __forceinline__ void start_copy(void* shared, const void* global) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(kBytes) : "memory");
+#else
+  memcpy(__builtin_assume_aligned(shared, kBytes), __builtin_assume_aligned(global, kBytes), kBytes);
+#endif
+}
+
+// Closes a group of copies, which may be empty.
+__device__ __forceinline__ void close_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all groups of this thread but the last `kPending`.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
 }
 #endif
 
@@ -35,11 +57,10 @@ __device__ __forceinline__ float warp_max(float value) {
   return value;
 }
 
-// Sums kValues numbers over the threads of one row of the block (threadIdx.y); every thread gets the sums.
-// `scratch` holds kValues x warps of the row and must not be written again before all have read it: callers that come
-// back alternate between two. A block with several rows of several warps needs a barrier for each row, and named ones
-// are scarce: few such blocks fit on a multiprocessor. Others say so with kSharesBlock = false.
-template <bool kSharesBlock, int kValues>
+// Sums kValues numbers over the threads of one row of the block (threadIdx.y); every thread gets the sums. All rows of
+// the block come here together. `scratch` holds kValues x warps of the row and must not be written again before all
+// have read it: callers that come back alternate between two.
+template <int kValues>
 __device__ __forceinline__ void row_sum(float (&values)[kValues], float* scratch) {
 #pragma unroll
   for (int i = 0; i < kValues; ++i) values[i] = warp_sum(values[i]);
@@ -50,11 +71,7 @@ __device__ __forceinline__ void row_sum(float (&values)[kValues], float* scratch
 #pragma unroll
     for (int i = 0; i < kValues; ++i) scratch[i * warps + warp] = values[i];
   }
-  if (kSharesBlock && blockDim.y > 1) {
-    wait_for_group(1 + threadIdx.y, blockDim.x);
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
   // One more warp sum instead of a serial one: all warps read the same few words.
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
