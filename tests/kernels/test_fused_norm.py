@@ -77,8 +77,8 @@ def test_a_gpu_with_less_shared_memory_keeps_fewer_rows_on_their_way(columns, sh
 
 def test_a_gpu_with_too_little_shared_memory_is_told_the_way_out(monkeypatch):
     monkeypatch.setenv("EMULATED_SHARED_BYTES", str(48 * 1024))
-    with pytest.raises(ValueError, match="over 8208 columns: run with --no-norm-fusion"):
-        check("cpu", 1, 8208, torch.bfloat16, torch.bfloat16, centred=True, added=False)
+    with pytest.raises(ValueError, match="over 16384 columns: run with --no-norm-fusion"):
+        check("cpu", 1, 16384, torch.bfloat16, torch.bfloat16, centred=True, added=False)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -38,8 +38,16 @@ struct Barrier {
 
 struct Copy {
   void* to;
-  const void* from;
+  const void* from;  // none: zeros
   int bytes;
+
+  void arrive() const {
+    if (from == nullptr) {
+      std::memset(to, 0, bytes);
+    } else {
+      std::memcpy(to, from, bytes);
+    }
+  }
 };
 
 struct Fiber {
@@ -109,15 +117,24 @@ inline void wait_for_warp() {
   arrive(warp_barriers[warp], [warp] { return alive_in_warp(warp); });
 }
 
+// The value that the thread of this number in the block has.
 template <typename T>
-T shuffle_xor(T value, int step) {
-  const int linear = running->linear;
-  std::memcpy(&exchanged[linear], &value, sizeof value);
+T value_of(int other_thread, T value) {
+  std::memcpy(&exchanged[running->linear], &value, sizeof value);
   wait_for_warp();
   T other;
-  std::memcpy(&other, &exchanged[linear ^ step], sizeof other);
+  std::memcpy(&other, &exchanged[other_thread], sizeof other);
   wait_for_warp();
   return other;
+}
+
+template <typename T>
+T shuffle_xor(T value, int step) {
+  return value_of(running->linear ^ step, value);
+}
+
+inline float shuffle(float value, int lane) {
+  return value_of(running->linear / kWarpSize * kWarpSize + lane, value);
 }
 
 // Bytes of `low` (0 .. 3) and `high` (4 .. 7), as the digits of `selector` name them.
@@ -186,6 +203,7 @@ inline void run_block() {
 
 inline float __shfl_xor_sync(unsigned, float value, int step) { return emulated::shuffle_xor(value, step); }
 inline unsigned __shfl_xor_sync(unsigned, unsigned value, int step) { return emulated::shuffle_xor(value, step); }
+inline float __shfl_sync(unsigned, float value, int lane) { return emulated::shuffle(value, lane); }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   return emulated::chosen_bytes(low, high, selector);
 }
@@ -219,17 +237,16 @@ inline float fast_exp2(float x) { return std::exp2(x); }
 
 // Copies arrive when they are waited for, no earlier.
 template <int kBytes>
-void start_copy(void* shared, const void* global) {
-  emulated::running->copies.back().push_back({shared, global, kBytes});
+void start_copy(void* shared, const void* global, bool is_wanted) {
+  emulated::running->copies.back().push_back({shared, is_wanted ? global : nullptr, kBytes});
 }
 
 inline void close_copies() { emulated::running->copies.emplace_back(); }
 
-template <int kPending>
-void wait_for_copies() {
+inline void wait_for_copies(int pending) {
   auto& groups = emulated::running->copies;
-  for (; groups.size() > kPending + 1; groups.pop_front()) {
-    for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+  for (; static_cast<int>(groups.size()) > pending + 1; groups.pop_front()) {
+    for (const auto& copy : groups.front()) copy.arrive();
   }
 }
 

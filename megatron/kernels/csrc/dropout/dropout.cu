@@ -170,6 +170,7 @@ __global__ void __launch_bounds__(kWarp* kSumRows) sum_chunks(const float* parti
   __shared__ float shared[kWarp * kSumRows];
   const int column = blockIdx.x * kWarp + threadIdx.x;
   wait_for_former_kernel();
+  let_next_kernel_come();
   const float sum = column_sum(partial, chunks, columns, column, shared);
   if (threadIdx.y == 0 && column < columns) grad_bias[column] = from_float<T>(sum);
 }

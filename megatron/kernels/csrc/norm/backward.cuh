@@ -1,5 +1,10 @@
 // The norm's backward. Blocks stay on their multiprocessor and add up the gradients of weight and bias of their rows in
 // registers; a second kernel adds those of the blocks in a fixed order, so that two runs agree in every bit.
+//
+// Memory is not all that limits it: an H200's multiprocessor issues some 40 instructions in the time that the six bytes
+// of an element in bf16 take, and waits for sums between them. Hence a thread has few columns and several rows of them,
+// so that sums, statistics and addresses serve many elements; it keeps what it has computed while it waits for the sums,
+// and knows no special case for rows and columns that are not there: they arrive as zeros.
 #pragma once
 
 #include "../include/reduce.cuh"
@@ -9,51 +14,77 @@
 namespace megatron {
 
 constexpr int kSlotBytes = 16;  // of a vector that waits in shared memory
-constexpr int kTensors = 3;     // that backward reads: the stream, and the gradients of its norm and of itself
+constexpr int kMostStages = 4;
+
+// Neighbouring rows that a thread with so many vectors of each works on at once.
+template <int kVectors>
+constexpr int rows_at_once = kVectors == 1 ? 2 : 1;
+
+// The rows of a block, neighbours all of them, taken in turns: in each a thread has its next few.
+struct Turns {
+  std::int64_t row;  // this thread's first one
+  int left;          // rows of the block from there on; negative where other threads have some, and this one none
+  int count;
+
+  __device__ __forceinline__ Turns(std::int64_t rows, int at_once) {
+    const std::int64_t begin = rows * blockIdx.x / gridDim.x, end = rows * (blockIdx.x + 1) / gridDim.x;
+    const int mine = static_cast<int>(end - begin), step = at_once * blockDim.y;
+    row = begin + threadIdx.y * at_once;
+    left = mine - static_cast<int>(threadIdx.y) * at_once;
+    count = (mine + step - 1) / step;
+  }
+};
 
 // Rows on their way, in shared memory. A thread reads what itself has asked for, so that no barrier is needed for that.
-template <typename X, typename W, int kSize, int kVectors>
+template <typename X, typename W, int kSize, int kVectors, int kRows>
 struct Stages {
+  static constexpr int kSlots = kRows * kVectors;
   const BackwardTensors<X, W>& t;
-  char* own;   // this thread's first slot of [stages, kTensors, kVectors, threads, kSlotBytes]
-  int plane;   // bytes of the slots of all threads
-  int across;  // columns between two vectors of a thread
-  int held;    // vectors that this thread has
+  char* own;    // this thread's first slot of [stages, tensors, kSlots, threads, kSlotBytes]
+  int plane;    // bytes of the slots of all threads
+  int tensors;  // that are read: the stream, the gradient of its norm and, where there is one, its own
+  int across;   // columns between two vectors of a thread
+  int held;     // vectors that this thread has
 
-  __device__ __forceinline__ Stages(const BackwardTensors<X, W>& tensors, char* memory)
-      : t(tensors),
+  __device__ __forceinline__ Stages(const BackwardTensors<X, W>& given, char* memory)
+      : t(given),
         own(memory + (threadIdx.y * blockDim.x + threadIdx.x) * kSlotBytes),
         plane(static_cast<int>(blockDim.x * blockDim.y) * kSlotBytes),
+        tensors(given.grad_stream == nullptr ? 2 : 3),
         across(static_cast<int>(blockDim.x) * kSize) {
-    const int threads = blockDim.x, vectors = tensors.columns / kSize;
+    const int threads = blockDim.x, vectors = t.columns / kSize;
     held = (vectors - static_cast<int>(threadIdx.x) + threads - 1) / threads;
   }
 
-  __device__ __forceinline__ char* stage(int index) const { return own + index * (kTensors * kVectors * plane); }
+  __device__ __forceinline__ char* stage(int index) const { return own + index * (tensors * kSlots * plane); }
 
-  // Asks for this thread's part of a row that begins at element `at`, or of none.
-  __device__ __forceinline__ void ask(char* to, bool is_row, std::int64_t at) const {
+  __device__ __forceinline__ char* slot(char* stage, int tensor, int n, int v) const {
+    return stage + (tensor * kSlots + n * kVectors + v) * plane;
+  }
+
+  // Asks for this thread's part of its rows, of which `left` are there, from element `at` on.
+  __device__ __forceinline__ void ask(char* to, int left, std::int64_t at) const {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      if (is_row && v < held) {
-        start_copy<sizeof(X) * kSize>(to + v * plane, t.stream + at + v * across);
-        start_copy<sizeof(W) * kSize>(to + (kVectors + v) * plane, t.grad_normed + at + v * across);
-        if (t.grad_stream != nullptr) {
-          start_copy<sizeof(X) * kSize>(to + (2 * kVectors + v) * plane, t.grad_stream + at + v * across);
-        }
+    for (int n = 0; n < kRows; ++n) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        const bool is_wanted = n < left && v < held;
+        const std::int64_t from = at + static_cast<std::int64_t>(n) * t.columns + v * across;
+        start_copy<sizeof(X) * kSize>(slot(to, 0, n, v), t.stream + from, is_wanted);
+        start_copy<sizeof(W) * kSize>(slot(to, 1, n, v), t.grad_normed + from, is_wanted);
+        if (tensors == 3) start_copy<sizeof(X) * kSize>(slot(to, 2, n, v), t.grad_stream + from, is_wanted);
       }
     }
     close_copies();
   }
 
-  __device__ __forceinline__ void read(const char* from, int v, float (&x)[kSize], float (&grad)[kSize]) const {
-    Packed<X, kSize>::load(reinterpret_cast<const X*>(from + v * plane)).unpack(x);
-    Packed<W, kSize>::load(reinterpret_cast<const W*>(from + (kVectors + v) * plane)).unpack(grad);
+  __device__ __forceinline__ void read(char* from, int n, int v, float (&x)[kSize], float (&grad)[kSize]) const {
+    Packed<X, kSize>::load(reinterpret_cast<const X*>(slot(from, 0, n, v))).unpack(x);
+    Packed<W, kSize>::load(reinterpret_cast<const W*>(slot(from, 1, n, v))).unpack(grad);
   }
 
-  __device__ __forceinline__ void read_passed(const char* from, int v, float (&passed)[kSize]) const {
-    if (t.grad_stream == nullptr) return;
-    Packed<X, kSize>::load(reinterpret_cast<const X*>(from + (2 * kVectors + v) * plane)).unpack(passed);
+  __device__ __forceinline__ Packed<X, kSize> passing(char* from, int n, int v) const {
+    return Packed<X, kSize>::load(reinterpret_cast<const X*>(slot(from, 2, n, v)));
   }
 };
 
@@ -85,119 +116,163 @@ struct Weights {
   }
 };
 
-// Mean and inverse deviation of a row, or zeros for none.
-template <bool kCentred>
+// Mean and inverse deviation of some rows; zeros for those that are not there.
+template <int kRows, bool kCentred>
 struct RowStatistics {
-  float mean, inverse;
+  float mean[kRows], inverse[kRows];
 
   template <typename Tensors>
-  static __device__ __forceinline__ RowStatistics load(const Tensors& t, std::int64_t row) {
-    const bool is_row = row < t.rows;
-    return {kCentred && is_row ? t.mean[row] : 0.0f, is_row ? t.inverse_deviation[row] : 0.0f};
+  __device__ __forceinline__ void load(const Tensors& t, std::int64_t row, int left) {
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      mean[n] = kCentred && n < left ? t.mean[row + n] : 0.0f;
+      inverse[n] = n < left ? t.inverse_deviation[row + n] : 0.0f;
+    }
   }
 };
 
-// Adds up the accumulators of the rows of a block (threadIdx.y) and writes them as the block's row of `partial`.
-template <int kSize, int kVectors>
-__device__ __forceinline__ void write_partial(const float (&sums)[kVectors][kSize], float* partial, int columns,
-                                              float* shared) {
-  float* to = blockDim.y == 1 ? partial + static_cast<std::int64_t>(blockIdx.x) * columns
-                              : shared + threadIdx.y * columns;
+// Accumulators of a thread's columns, of the weight's gradient and, with kSums = 2, of the bias's.
+template <int kSize, int kVectors, int kSums>
+struct ColumnSums {
+  static constexpr int kQuads = kSize / 4, kParts = kSums * kVectors * kQuads;
+  float of[kSums][kVectors][kSize] = {};
+
+  __device__ __forceinline__ float4 part(int index) const {
+    const float* from = &of[index / (kVectors * kQuads)][index / kQuads % kVectors][index % kQuads * 4];
+    return make_float4(from[0], from[1], from[2], from[3]);
+  }
+
+  __device__ __forceinline__ void add(int index, float4 more) {
+    float* to = &of[index / (kVectors * kQuads)][index / kQuads % kVectors][index % kQuads * 4];
+    to[0] += more.x, to[1] += more.y, to[2] += more.z, to[3] += more.w;
+  }
+
+  // Adds those of the block's other rows of threads to those of the first, in their order.
+  __device__ __forceinline__ void gather(float4* shared) {
+    if (blockDim.y == 1) return;
+    __syncthreads();
+    if (threadIdx.y > 0) {
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    const int column = (v * blockDim.x + threadIdx.x) * kSize;
-    if (column < columns) {
+      for (int n = 0; n < kParts; ++n) shared[((threadIdx.y - 1) * kParts + n) * blockDim.x + threadIdx.x] = part(n);
+    }
+    __syncthreads();
+    if (threadIdx.y > 0) return;
+    for (int y = 1; y < blockDim.y; ++y) {
+#pragma unroll
+      for (int n = 0; n < kParts; ++n) add(n, shared[((y - 1) * kParts + n) * blockDim.x + threadIdx.x]);
+    }
+  }
+
+  // Writes one of the two as the block's row of `partial`.
+  __device__ __forceinline__ void write(int which, float* partial, int columns) const {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int column = (v * blockDim.x + threadIdx.x) * kSize;
+      if (column >= columns) continue;
 #pragma unroll
       for (int i = 0; i < kSize; i += 4) {
-        *reinterpret_cast<float4*>(to + column + i) =
-            make_float4(sums[v][i], sums[v][i + 1], sums[v][i + 2], sums[v][i + 3]);
+        *reinterpret_cast<float4*>(partial + static_cast<std::int64_t>(blockIdx.x) * columns + column + i) =
+            part((which * kVectors + v) * kQuads + i / 4);
       }
     }
   }
-  if (blockDim.y == 1) return;
-  __syncthreads();
-  const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
-  for (int column = thread; column < columns; column += threads) {
-    float sum = shared[column];
-    for (int y = 1; y < blockDim.y; ++y) sum += shared[y * columns + column];
-    partial[static_cast<std::int64_t>(blockIdx.x) * columns + column] = sum;
-  }
-  __syncthreads();
-}
+};
 
 // With g = grad_normed (weight + offset) and n the normalised row:
 // grad_x = (g - mean(g) - n mean(g n)) / deviation + grad_stream; RMSNorm has no mean to take out.
 //
-// A block's rows (threadIdx.y) go together: one barrier for all of them, while the next ones are on their way.
-template <typename X, typename W, int kSize, int kVectors, int kStages, bool kCentred>
-__global__ void __launch_bounds__(kMostThreads, 1) backward_rows(BackwardTensors<X, W> t) {
-  constexpr int kSums = kCentred ? 2 : 1;
-  __shared__ float scratch[2][2 * kMostWarps];
+// Blocks of (threads of a row, rows that are worked on beside each other): all of them wait at one barrier.
+template <typename X, typename W, int kSize, int kVectors, bool kCentred>
+__global__ void __launch_bounds__(kMostThreads, 1) backward_rows(BackwardTensors<X, W> t, int num_stages) {
+  constexpr int kRows = rows_at_once<kVectors>, kSums = kCentred ? 2 : 1;
+  constexpr bool kKept = kRows * kVectors <= 2;  // in registers, from before the barrier to after it
+  __shared__ float scratch[2][kSums * kRows * kMostThreads / kWarp];
   char* memory = dynamic_shared<char>();
+  Turns turns(t.rows, kRows);
+  const Stages<X, W, kSize, kVectors, kRows> stages(t, memory);
+  const int warps = blockDim.x / kWarp, step = kRows * blockDim.y;
+  const std::int64_t stride = static_cast<std::int64_t>(step) * t.columns;
+  const float share = 1.0f / t.columns;
+  std::int64_t at = turns.row * t.columns + threadIdx.x * kSize, asked = at;
   wait_for_former_kernel();
   let_next_kernel_come();
-  const int warps = blockDim.x / kWarp;
-  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.y, stride = step * t.columns;
-  std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  std::int64_t at = row * t.columns + threadIdx.x * kSize;
-  const Stages<X, W, kSize, kVectors> stages(t, memory);
-#pragma unroll
-  for (int n = 0; n < kStages; ++n) stages.ask(stages.stage(n), row + n * step < t.rows, at + n * stride);
-  auto next = RowStatistics<kCentred>::load(t, row);
+  for (int n = 0; n < num_stages; ++n, asked += stride) stages.ask(stages.stage(n), turns.left - n * step, asked);
+  RowStatistics<kRows, kCentred> rows, next;
+  next.load(t, turns.row, turns.left);
   const Weights<W, kSize, kVectors> weights(t.weight, t.weight_offset, t.columns / kSize);
-  float weight_sums[kVectors][kSize] = {}, bias_sums[kCentred ? kVectors : 1][kSize] = {};
-  for (int stage = 0, turn = 0; row - threadIdx.y < t.rows; row += step, at += stride, turn ^= 1) {
+  ColumnSums<kSize, kVectors, kSums> columns;
+  for (int turn = 0, stage = 0; turn < turns.count; ++turn, at += stride, asked += stride) {
     char* const here = stages.stage(stage);
-    stage = stage + 1 < kStages ? stage + 1 : 0;
-    const float mean = next.mean, inverse = next.inverse;
-    next = RowStatistics<kCentred>::load(t, row + step);
-    wait_for_copies<kStages - 1>();
-    float sums[kSums] = {};
+    const int left = turns.left;
+    stage = stage + 1 < num_stages ? stage + 1 : 0;
+    rows = next;
+    turns.row += step, turns.left -= step;
+    next.load(t, turns.row, turns.left);
+    wait_for_copies(num_stages - 1);
+    float sums[kSums * kRows] = {}, normalised[kRows][kVectors][kSize], scaled[kRows][kVectors][kSize];
+    Packed<X, kSize> passing[kRows][kVectors];
+    const auto read = [&](int n, int v, float (&grad)[kSize]) {
+      float weight[kSize];
+      stages.read(here, n, v, normalised[n][v], grad);
+      weights.read(v, weight);
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      if (row < t.rows && v < stages.held) {
-        float x[kSize], grad[kSize], weight[kSize];
-        stages.read(here, v, x, grad);
-        weights.read(v, weight);
+      for (int i = 0; i < kSize; ++i) {
+        normalised[n][v][i] = (normalised[n][v][i] - rows.mean[n]) * rows.inverse[n];
+        scaled[n][v][i] = grad[i] * weight[i];
+      }
+    };
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        float grad[kSize];
+        read(n, v, grad);
+        if (kKept && stages.tensors == 3) passing[n][v] = stages.passing(here, n, v);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          const float normalised = (x[i] - mean) * inverse, scaled = grad[i] * weight[i];
-          sums[0] += scaled * normalised;
+          columns.of[0][v][i] += grad[i] * normalised[n][v][i];
+          sums[n] += scaled[n][v][i] * normalised[n][v][i];
           if constexpr (kCentred) {
-            sums[1] += scaled;
-            bias_sums[v][i] += grad[i];
+            columns.of[1][v][i] += grad[i];
+            sums[kRows + n] += scaled[n][v][i];
           }
-          weight_sums[v][i] += grad[i] * normalised;
         }
       }
     }
-    row_sum(sums, scratch[turn] + threadIdx.y * 2 * warps);
-    // grad_x = inverse scaled + along (x - mean) + common + passed, with the factors of the row put together.
-    const float along = -inverse * inverse * sums[0] / t.columns;
-    const float common = kCentred ? -inverse * sums[kSums - 1] / t.columns : 0.0f;
+    if constexpr (kKept) stages.ask(here, left - num_stages * step, asked);
+    row_sum(sums, scratch[turn % 2] + threadIdx.y * kSums * kRows * warps);
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      if (row < t.rows && v < stages.held) {
-        float x[kSize], grad[kSize], weight[kSize], passed[kSize] = {};
-        stages.read(here, v, x, grad);
-        weights.read(v, weight);
-        stages.read_passed(here, v, passed);
+    for (int n = 0; n < kRows; ++n) {
+      const float along = -rows.inverse[n] * (sums[n] * share);
+      const float common = kCentred ? -rows.inverse[n] * (sums[(kSums - 1) * kRows + n] * share) : 0.0f;
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        float grad[kSize], passed[kSize];
+        if constexpr (!kKept) read(n, v, grad);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          const float rest = fmaf(x[i] - mean, along, kCentred ? passed[i] + common : passed[i]);
-          passed[i] = fmaf(grad[i] * weight[i], inverse, rest);
+          grad[i] = fmaf(scaled[n][v][i], rows.inverse[n], fmaf(normalised[n][v][i], along, common));
         }
-        Packed<X, kSize>::pack(passed).store(t.grad_x + at + v * stages.across);
+        if (stages.tensors == 3) {
+          if constexpr (!kKept) passing[n][v] = stages.passing(here, n, v);
+          passing[n][v].unpack(passed);
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) grad[i] += passed[i];
+        }
+        if (n < left && v < stages.held) {
+          const std::int64_t to = at + static_cast<std::int64_t>(n) * t.columns + v * stages.across;
+          Packed<X, kSize>::pack(grad).store(t.grad_x + to);
+        }
       }
     }
-    stages.ask(here, row + kStages * step < t.rows, at + kStages * stride);
+    if constexpr (!kKept) stages.ask(here, left - num_stages * step, asked);
   }
-  wait_for_copies<0>();
-  __syncthreads();
-  float* shared = reinterpret_cast<float*>(memory);
-  write_partial(weight_sums, t.partial_weight, t.columns, shared);
+  wait_for_copies(0);
+  columns.gather(reinterpret_cast<float4*>(memory));
+  if (threadIdx.y > 0) return;
+  columns.write(0, t.partial_weight, t.columns);
   if constexpr (kCentred) {
-    if (t.partial_bias != nullptr) write_partial(bias_sums, t.partial_bias, t.columns, shared);
+    if (t.partial_bias != nullptr) columns.write(1, t.partial_bias, t.columns);
   }
 }
 
@@ -247,6 +322,7 @@ __global__ void __launch_bounds__(kWarp* kSumRows) sum_partials(const float* par
   __shared__ float shared[kWarp * kSumRows];
   const int column = blockIdx.x * kWarp + threadIdx.x;
   wait_for_former_kernel();
+  let_next_kernel_come();
   partial += static_cast<std::int64_t>(blockIdx.y) * partial_rows * columns;
   const float sum = column_sum(partial, partial_rows, columns, column, shared);
   if (threadIdx.y == 0 && column < columns) (blockIdx.y == 0 ? grad_weight : grad_bias)[column] = from_float<W>(sum);

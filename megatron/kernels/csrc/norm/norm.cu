@@ -56,21 +56,6 @@ void forward_typed(const NormForward& call, const Place& place) {
   }
 }
 
-template <typename X, typename W, int kVectors, int kStages>
-void backward_staged(const NormBackward& call, const dim3& block, std::size_t shared_bytes, const Place& place) {
-  constexpr int kSize = vector_size<X>;
-  const dim3 grid(call.partial_rows);
-  const BackwardTensors<X, W> tensors(call);
-  const auto start = [&](auto kernel) {
-    launch("the norm's backward", kernel, grid, block, shared_bytes, place, tensors);
-  };
-  if (call.mean != 0) {
-    start(backward_rows<X, W, kSize, kVectors, kStages, true>);
-  } else {
-    start(backward_rows<X, W, kSize, kVectors, kStages, false>);
-  }
-}
-
 // Shared memory that a block can ask for, besides the little that kernels have without asking.
 std::size_t shared_room(const Place& place) {
   return static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, place.device)) - 1024;
@@ -79,17 +64,22 @@ std::size_t shared_room(const Place& place) {
 // Launches with as many stages as the shared memory of a block holds; false if it holds none.
 template <typename X, typename W, int kVectors>
 bool backward_with(const NormBackward& call, const Place& place) {
-  constexpr int kSize = vector_size<X>, kMost = kVectors == 4 ? 2 : 3;
+  constexpr int kSize = vector_size<X>, kRows = rows_at_once<kVectors>;
   const int threads = row_threads(call.columns / kSize, kVectors);
   const dim3 block(threads, std::max(1, kMostThreads / threads));
-  const std::size_t stage = static_cast<std::size_t>(kTensors) * kVectors * block.x * block.y * kSlotBytes;
-  const std::size_t sums = block.y == 1 ? 0 : sizeof(float) * block.y * call.columns, room = shared_room(place);
-  if (std::max(kMost * stage, sums) <= room) {
-    backward_staged<X, W, kVectors, kMost>(call, block, std::max(kMost * stage, sums), place);
-  } else if (std::max(stage, sums) <= room) {
-    backward_staged<X, W, kVectors, 1>(call, block, std::max(stage, sums), place);
+  const std::size_t slots = (call.grad_stream == 0 ? 2 : 3) * kRows * kVectors;
+  const std::size_t stage = slots * block.x * block.y * kSlotBytes;
+  const std::size_t sums = sizeof(float) * (call.mean == 0 ? 1 : 2) * kVectors * kSize * block.x * (block.y - 1);
+  const std::size_t room = shared_room(place), stages = std::min<std::size_t>(kMostStages, room / stage);
+  if (stages == 0 || sums > room) return false;
+  const auto start = [&](auto kernel) {
+    launch("the norm's backward", kernel, dim3(call.partial_rows), block, std::max(stages * stage, sums), place,
+           BackwardTensors<X, W>(call), static_cast<int>(stages));
+  };
+  if (call.mean != 0) {
+    start(backward_rows<X, W, kSize, kVectors, true>);
   } else {
-    return false;
+    start(backward_rows<X, W, kSize, kVectors, false>);
   }
   return true;
 }
@@ -101,7 +91,7 @@ bool backward_in_vectors(const NormBackward& call, const Place& place) {
   const bool fits = call.columns % kSize == 0 && vectors <= 4 * kMostThreads &&
                     all_aligned(call.grad_normed, call.grad_stream, call.stream, call.weight, call.grad_x);
   if (!fits) return false;
-  if (vectors <= kWarp) return backward_with<X, W, 1>(call, place);
+  if (vectors <= kMostThreads) return backward_with<X, W, 1>(call, place);
   if (vectors <= 2 * kMostThreads) return backward_with<X, W, 2>(call, place);
   return backward_with<X, W, 4>(call, place);
 }
