@@ -243,9 +243,10 @@ void start_copy(void* shared, const void* global, bool is_wanted) {
 
 inline void close_copies() { emulated::running->copies.emplace_back(); }
 
-inline void wait_for_copies(int pending) {
+template <int kPending>
+void wait_for_copies() {
   auto& groups = emulated::running->copies;
-  for (; static_cast<int>(groups.size()) > pending + 1; groups.pop_front()) {
+  for (; groups.size() > kPending + 1; groups.pop_front()) {
     for (const auto& copy : groups.front()) copy.arrive();
   }
 }

@@ -7,7 +7,6 @@ namespace megatron {
 
 constexpr int kWarp = 32;
 constexpr int kMostWarps = 32;
-constexpr int kMostRowWarps = 16;  // that share a `row_sum`
 constexpr int kSumRows = 8;  // threads of a block beside each other in a column of `column_sum`
 
 #ifdef __CUDACC__
@@ -47,22 +46,11 @@ __device__ __forceinline__ void close_copies() {
 #endif
 }
 
-// Waits for all groups of this thread but the last `pending`, of at most 3.
-__device__ __forceinline__ void wait_for_copies(int pending) {
+// Waits for all groups of this thread but the last kPending.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  switch (pending) {
-    case 3:
-      asm volatile("cp.async.wait_group 3;" ::: "memory");
-      break;
-    case 2:
-      asm volatile("cp.async.wait_group 2;" ::: "memory");
-      break;
-    case 1:
-      asm volatile("cp.async.wait_group 1;" ::: "memory");
-      break;
-    default:
-      asm volatile("cp.async.wait_group 0;" ::: "memory");
-  }
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
 }
 #endif
@@ -79,10 +67,10 @@ __device__ __forceinline__ float warp_max(float value) {
   return value;
 }
 
-// Sums kValues numbers, a power of two, over the threads of a block with the same threadIdx.y; every thread gets the
-// sums. All threads of the block come here together. `scratch` holds kValues x warps and must not be written again
+// Sums kValues numbers, a power of two, over the threads of a block with the same threadIdx.y, of at most kMostRowWarps
+// warps; every thread gets the sums. All threads of the block come here together. `scratch` holds kValues x warps and must not be written again
 // before all have read it: callers that come back alternate between two.
-template <int kValues>
+template <int kMostRowWarps = 16, int kValues>
 __device__ __forceinline__ void row_sum(float (&values)[kValues], float* scratch) {
   constexpr int kWidth = kWarp / kValues;  // lanes that end up with the same sum
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -124,11 +112,11 @@ __device__ __forceinline__ void row_sum(float (&values)[kValues], float* scratch
 __device__ __forceinline__ float column_sum(const float* partial, int rows, int columns, int column, float* shared) {
   constexpr int kAtOnce = 17;  // loads on their way together: there is little else to hide their latency
   float sum = 0.0f;
-  for (int start = threadIdx.y; column < columns && start < rows; start += kAtOnce * blockDim.y) {
+  for (int start = threadIdx.y; column < columns && start < rows; start += kAtOnce * kSumRows) {
     float some[kAtOnce];
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const int row = start + n * blockDim.y;
+      const int row = start + n * kSumRows;
       some[n] = row < rows ? partial[static_cast<long long>(row) * columns + column] : 0.0f;
     }
 #pragma unroll
@@ -138,7 +126,8 @@ __device__ __forceinline__ float column_sum(const float* partial, int rows, int 
   shared[threadIdx.y * kWarp + threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y == 0) {
-    for (int y = 1; y < blockDim.y; ++y) sum += shared[y * kWarp + threadIdx.x];
+#pragma unroll
+    for (int y = 1; y < kSumRows; ++y) sum += shared[y * kWarp + threadIdx.x];
   }
   return sum;
 }

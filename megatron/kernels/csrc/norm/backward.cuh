@@ -14,24 +14,30 @@
 namespace megatron {
 
 constexpr int kSlotBytes = 16;  // of a vector that waits in shared memory
-constexpr int kMostStages = 4;
 
-// Neighbouring rows that a thread with so many vectors of each works on at once.
-template <int kVectors>
-constexpr int rows_at_once = kVectors == 1 ? 2 : 1;
+// What a thread of backward has: vectors of each row, neighbouring rows that it works on at once, and stages, each with
+// that many rows on their way.
+template <int kVectorsOf, int kRowsOf, int kStagesOf, int kThreadsOf>
+struct RowShare {
+  static constexpr int kVectors = kVectorsOf, kRows = kRowsOf, kStages = kStagesOf;
+  static constexpr int kThreads = kThreadsOf;  // of a block, at most
+};
 
-// The rows of a block, neighbours all of them, taken in turns: in each a thread has its next few.
+// The rows of a block, taken in turns: in each a thread has its next few. All blocks walk down the tensor side by side,
+// so that what is read at a time lies together.
 struct Turns {
   std::int64_t row;  // this thread's first one
-  int left;          // rows of the block from there on; negative where other threads have some, and this one none
+  int left;          // rows from there on; negative where other threads have some, and this one none
+  int step;          // rows from one turn to the next
   int count;
 
   __device__ __forceinline__ Turns(std::int64_t rows, int at_once) {
-    const std::int64_t begin = rows * blockIdx.x / gridDim.x, end = rows * (blockIdx.x + 1) / gridDim.x;
-    const int mine = static_cast<int>(end - begin), step = at_once * blockDim.y;
-    row = begin + threadIdx.y * at_once;
+    const int together = at_once * static_cast<int>(blockDim.y);  // of a block
+    const int begin = together * static_cast<int>(blockIdx.x), mine = static_cast<int>(rows) - begin;
+    row = begin + static_cast<int>(threadIdx.y) * at_once;
     left = mine - static_cast<int>(threadIdx.y) * at_once;
-    count = (mine + step - 1) / step;
+    step = together * static_cast<int>(gridDim.x);
+    count = mine > 0 ? (mine + step - 1) / step : 0;
   }
 };
 
@@ -178,56 +184,44 @@ struct ColumnSums {
   }
 };
 
-// With g = grad_normed (weight + offset) and n the normalised row:
+// A thread's part of its rows in one turn. With g = grad_normed (weight + offset) and n the normalised row:
 // grad_x = (g - mean(g) - n mean(g n)) / deviation + grad_stream; RMSNorm has no mean to take out.
-//
-// Blocks of (threads of a row, rows that are worked on beside each other): all of them wait at one barrier.
-template <typename X, typename W, int kSize, int kVectors, bool kCentred>
-__global__ void __launch_bounds__(kMostThreads, 1) backward_rows(BackwardTensors<X, W> t, int num_stages) {
-  constexpr int kRows = rows_at_once<kVectors>, kSums = kCentred ? 2 : 1;
-  constexpr bool kKept = kRows * kVectors <= 2;  // in registers, from before the barrier to after it
-  __shared__ float scratch[2][kSums * kRows * kMostThreads / kWarp];
-  char* memory = dynamic_shared<char>();
-  Turns turns(t.rows, kRows);
-  const Stages<X, W, kSize, kVectors, kRows> stages(t, memory);
-  const int warps = blockDim.x / kWarp, step = kRows * blockDim.y;
-  const std::int64_t stride = static_cast<std::int64_t>(step) * t.columns;
-  const float share = 1.0f / t.columns;
-  std::int64_t at = turns.row * t.columns + threadIdx.x * kSize, asked = at;
-  wait_for_former_kernel();
-  let_next_kernel_come();
-  for (int n = 0; n < num_stages; ++n, asked += stride) stages.ask(stages.stage(n), turns.left - n * step, asked);
-  RowStatistics<kRows, kCentred> rows, next;
-  next.load(t, turns.row, turns.left);
-  const Weights<W, kSize, kVectors> weights(t.weight, t.weight_offset, t.columns / kSize);
-  ColumnSums<kSize, kVectors, kSums> columns;
-  for (int turn = 0, stage = 0; turn < turns.count; ++turn, at += stride, asked += stride) {
-    char* const here = stages.stage(stage);
-    const int left = turns.left;
-    stage = stage + 1 < num_stages ? stage + 1 : 0;
-    rows = next;
-    turns.row += step, turns.left -= step;
-    next.load(t, turns.row, turns.left);
-    wait_for_copies(num_stages - 1);
-    float sums[kSums * kRows] = {}, normalised[kRows][kVectors][kSize], scaled[kRows][kVectors][kSize];
-    Packed<X, kSize> passing[kRows][kVectors];
-    const auto read = [&](int n, int v, float (&grad)[kSize]) {
-      float weight[kSize];
-      stages.read(here, n, v, normalised[n][v], grad);
-      weights.read(v, weight);
+template <typename X, typename W, int kSize, int kVectors, int kRows, bool kCentred>
+struct RowsAtWork {
+  static constexpr int kSums = kCentred ? 2 : 1;
+  static constexpr bool kKept = kVectors <= 2;  // in registers between its two halves, or read again
+  using RowStages = Stages<X, W, kSize, kVectors, kRows>;
+  const RowStages& stages;
+  const Weights<W, kSize, kVectors>& weights;
+  const RowStatistics<kRows, kCentred>& rows;
+  char* here;  // the stage in which they have arrived
+  float normalised[kRows][kVectors][kSize], scaled[kRows][kVectors][kSize];
+  Packed<X, kSize> passing[kRows][kVectors];
+
+  __device__ __forceinline__ RowsAtWork(const RowStages& from, const Weights<W, kSize, kVectors>& given_weights,
+                                        const RowStatistics<kRows, kCentred>& statistics, char* stage)
+      : stages(from), weights(given_weights), rows(statistics), here(stage) {}
+
+  __device__ __forceinline__ void read(int n, int v, float (&grad)[kSize]) {
+    float weight[kSize];
+    stages.read(here, n, v, normalised[n][v], grad);
+    weights.read(v, weight);
+    if (stages.tensors == 3) passing[n][v] = stages.passing(here, n, v);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        normalised[n][v][i] = (normalised[n][v][i] - rows.mean[n]) * rows.inverse[n];
-        scaled[n][v][i] = grad[i] * weight[i];
-      }
-    };
+    for (int i = 0; i < kSize; ++i) {
+      normalised[n][v][i] = (normalised[n][v][i] - rows.mean[n]) * rows.inverse[n];
+      scaled[n][v][i] = grad[i] * weight[i];
+    }
+  }
+
+  // Adds to the sums over columns, sum(g n) and sum(g) of each row, and to those over rows.
+  __device__ __forceinline__ void add_up(float (&sums)[kSums * kRows], ColumnSums<kSize, kVectors, kSums>& columns) {
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
         float grad[kSize];
         read(n, v, grad);
-        if (kKept && stages.tensors == 3) passing[n][v] = stages.passing(here, n, v);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
           columns.of[0][v][i] += grad[i] * normalised[n][v][i];
@@ -239,8 +233,11 @@ __global__ void __launch_bounds__(kMostThreads, 1) backward_rows(BackwardTensors
         }
       }
     }
-    if constexpr (kKept) stages.ask(here, left - num_stages * step, asked);
-    row_sum(sums, scratch[turn % 2] + threadIdx.y * kSums * kRows * warps);
+  }
+
+  // Writes the gradient of the rows that are there, `left`, from element `at` of it on.
+  __device__ __forceinline__ void write(const float (&sums)[kSums * kRows], int left, std::int64_t at) {
+    const float share = 1.0f / stages.t.columns;
 #pragma unroll
     for (int n = 0; n < kRows; ++n) {
       const float along = -rows.inverse[n] * (sums[n] * share);
@@ -254,20 +251,57 @@ __global__ void __launch_bounds__(kMostThreads, 1) backward_rows(BackwardTensors
           grad[i] = fmaf(scaled[n][v][i], rows.inverse[n], fmaf(normalised[n][v][i], along, common));
         }
         if (stages.tensors == 3) {
-          if constexpr (!kKept) passing[n][v] = stages.passing(here, n, v);
           passing[n][v].unpack(passed);
 #pragma unroll
           for (int i = 0; i < kSize; ++i) grad[i] += passed[i];
         }
         if (n < left && v < stages.held) {
-          const std::int64_t to = at + static_cast<std::int64_t>(n) * t.columns + v * stages.across;
-          Packed<X, kSize>::pack(grad).store(t.grad_x + to);
+          const std::int64_t to = at + static_cast<std::int64_t>(n) * stages.t.columns + v * stages.across;
+          Packed<X, kSize>::pack(grad).store(stages.t.grad_x + to);
         }
       }
     }
-    if constexpr (!kKept) stages.ask(here, left - num_stages * step, asked);
   }
-  wait_for_copies(0);
+};
+
+// Blocks of (threads of a row, rows that are worked on beside each other): all of them wait at one barrier.
+template <typename X, typename W, int kSize, typename Share, bool kCentred>
+__global__ void __launch_bounds__(Share::kThreads, 1) backward_rows(BackwardTensors<X, W> t, int num_stages) {
+  constexpr int kRows = Share::kRows, kVectors = Share::kVectors, kSums = kCentred ? 2 : 1;
+  using AtWork = RowsAtWork<X, W, kSize, kVectors, kRows, kCentred>;
+  __shared__ float scratch[2][kSums * kRows * Share::kThreads / kWarp];
+  char* memory = dynamic_shared<char>();
+  Turns turns(t.rows, kRows);
+  const Stages<X, W, kSize, kVectors, kRows> stages(t, memory);
+  const int warps = blockDim.x / kWarp;
+  const std::int64_t stride = static_cast<std::int64_t>(turns.step) * t.columns;
+  std::int64_t at = turns.row * t.columns + threadIdx.x * kSize, asked = at;
+  wait_for_former_kernel();
+  let_next_kernel_come();
+  for (int n = 0; n < num_stages; ++n, asked += stride) {
+    stages.ask(stages.stage(n), turns.left - n * turns.step, asked);
+  }
+  RowStatistics<kRows, kCentred> rows, next;
+  next.load(t, turns.row, turns.left);
+  const Weights<W, kSize, kVectors> weights(t.weight, t.weight_offset, t.columns / kSize);
+  ColumnSums<kSize, kVectors, kSums> columns;
+  for (int turn = 0, stage = 0; turn < turns.count; ++turn, at += stride, asked += stride) {
+    char* const here = stages.stage(stage);
+    const int left = turns.left, left_to_ask = left - num_stages * turns.step;
+    stage = stage + 1 < num_stages ? stage + 1 : 0;
+    rows = next;
+    turns.row += turns.step, turns.left -= turns.step;
+    next.load(t, turns.row, turns.left);
+    num_stages == Share::kStages ? wait_for_copies<Share::kStages - 1>() : wait_for_copies<0>();
+    AtWork part(stages, weights, rows, here);
+    float sums[kSums * kRows] = {};
+    part.add_up(sums, columns);
+    if constexpr (AtWork::kKept) stages.ask(here, left_to_ask, asked);
+    row_sum<Share::kThreads / kWarp>(sums, scratch[turn % 2] + threadIdx.y * kSums * kRows * warps);
+    part.write(sums, left, at);
+    if constexpr (!AtWork::kKept) stages.ask(here, left_to_ask, asked);
+  }
+  wait_for_copies<0>();
   columns.gather(reinterpret_cast<float4*>(memory));
   if (threadIdx.y > 0) return;
   columns.write(0, t.partial_weight, t.columns);

@@ -61,39 +61,44 @@ std::size_t shared_room(const Place& place) {
   return static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, place.device)) - 1024;
 }
 
-// Launches with as many stages as the shared memory of a block holds; false if it holds none.
-template <typename X, typename W, int kVectors>
+// Launches with one stage where the shared memory of a block does not hold all; false if it does not hold one.
+template <typename X, typename W, typename Share>
 bool backward_with(const NormBackward& call, const Place& place) {
-  constexpr int kSize = vector_size<X>, kRows = rows_at_once<kVectors>;
+  constexpr int kSize = vector_size<X>, kVectors = Share::kVectors;
   const int threads = row_threads(call.columns / kSize, kVectors);
-  const dim3 block(threads, std::max(1, kMostThreads / threads));
-  const std::size_t slots = (call.grad_stream == 0 ? 2 : 3) * kRows * kVectors;
-  const std::size_t stage = slots * block.x * block.y * kSlotBytes;
+  const dim3 block(threads, std::max(1, Share::kThreads / threads));
+  const std::size_t slots = (call.grad_stream == 0 ? 2 : 3) * Share::kRows * kVectors;
+  const std::size_t stage = slots * block.x * block.y * kSlotBytes, room = shared_room(place);
   const std::size_t sums = sizeof(float) * (call.mean == 0 ? 1 : 2) * kVectors * kSize * block.x * (block.y - 1);
-  const std::size_t room = shared_room(place), stages = std::min<std::size_t>(kMostStages, room / stage);
-  if (stages == 0 || sums > room) return false;
+  const int stages = Share::kStages * stage <= room ? Share::kStages : 1;
+  const std::size_t bytes = std::max(stages * stage, sums);
+  if (bytes > room) return false;
   const auto start = [&](auto kernel) {
-    launch("the norm's backward", kernel, dim3(call.partial_rows), block, std::max(stages * stage, sums), place,
-           BackwardTensors<X, W>(call), static_cast<int>(stages));
+    launch("the norm's backward", kernel, dim3(call.partial_rows), block, bytes, place, BackwardTensors<X, W>(call),
+           stages);
   };
   if (call.mean != 0) {
-    start(backward_rows<X, W, kSize, kVectors, true>);
+    start(backward_rows<X, W, kSize, Share, true>);
   } else {
-    start(backward_rows<X, W, kSize, kVectors, false>);
+    start(backward_rows<X, W, kSize, Share, false>);
   }
   return true;
 }
 
+// Wide rows leave a thread registers for few rows at once. Up to 16 KiB a row, 64 KiB of two tensors are on their way to a
+// block, and those of three fit into the 99 KiB that smaller GPUs have.
 template <typename X, typename W>
 bool backward_in_vectors(const NormBackward& call, const Place& place) {
   constexpr int kSize = vector_size<X>;
+  constexpr std::int64_t kMostRows = 1 << 30;
   const int vectors = call.columns / kSize;
-  const bool fits = call.columns % kSize == 0 && vectors <= 4 * kMostThreads &&
+  const bool fits = call.columns % kSize == 0 && vectors <= 4 * kMostThreads && call.rows <= kMostRows &&
                     all_aligned(call.grad_normed, call.grad_stream, call.stream, call.weight, call.grad_x);
   if (!fits) return false;
-  if (vectors <= kMostThreads) return backward_with<X, W, 1>(call, place);
-  if (vectors <= 2 * kMostThreads) return backward_with<X, W, 2>(call, place);
-  return backward_with<X, W, 4>(call, place);
+  if (vectors <= kMostThreads / 2) return backward_with<X, W, RowShare<1, 4, 2, kMostThreads / 2>>(call, place);
+  if (vectors <= kMostThreads) return backward_with<X, W, RowShare<1, 2, 2, kMostThreads>>(call, place);
+  if (vectors <= 2 * kMostThreads) return backward_with<X, W, RowShare<2, 1, 2, kMostThreads>>(call, place);
+  return backward_with<X, W, RowShare<4, 1, 2, kMostThreads>>(call, place);
 }
 
 template <typename X, typename W>
