@@ -68,8 +68,8 @@ __device__ __forceinline__ float warp_max(float value) {
 }
 
 // Sums kValues numbers, a power of two, over the threads of a block with the same threadIdx.y, of at most kMostRowWarps
-// warps; every thread gets the sums. All threads of the block come here together. `scratch` holds kValues x warps and must not be written again
-// before all have read it: callers that come back alternate between two.
+// warps; every thread gets the sums. All threads of the block come here together. `scratch` holds kValues x warps and
+// must not be written again before all have read it: callers that come back alternate between two.
 template <int kMostRowWarps = 16, int kValues>
 __device__ __forceinline__ void row_sum(float (&values)[kValues], float* scratch) {
   constexpr int kWidth = kWarp / kValues;  // lanes that end up with the same sum

@@ -85,8 +85,8 @@ bool backward_with(const NormBackward& call, const Place& place) {
   return true;
 }
 
-// Wide rows leave a thread registers for few rows at once. Up to 16 KiB a row, 64 KiB of two tensors are on their way to a
-// block, and those of three fit into the 99 KiB that smaller GPUs have.
+// Wide rows leave a thread registers for few rows at once. Up to 16 KiB a row, 64 KiB of two tensors are on their way
+// to a block, and those of three fit into the 99 KiB that smaller GPUs have.
 template <typename X, typename W>
 bool backward_in_vectors(const NormBackward& call, const Place& place) {
   constexpr int kSize = vector_size<X>;
