@@ -178,11 +178,35 @@ __global__ void __launch_bounds__(kMostThreads) forward(Softmax call) {
   }
 }
 
-// grad of scores = scale x weights x (grad of weights - sum of weights x grad of weights)
+// The sum of weights x gradients less a centre: the gradient of the weight above a half, of which a row has one at most;
+// zero without one. Of a weight near 1 the difference between its gradient and the plain sum cancels, and what is left
+// would be the rounding of the weight. Taken from the centre its own summand is zero, and those of the others keep all
+// their digits.
+struct CentredSum {
+  float centre = 0.0f, others = 0.0f, products = 0.0f;  // the others' weights, and these times their gradients
+
+  __device__ __forceinline__ void take(float weight, float grad) {
+    const bool is_most = weight > 0.5f;
+    centre = is_most ? grad : centre;
+    weight = is_most ? 0.0f : weight;
+    others += weight;
+    products += weight * grad;
+  }
+
+  // Over all threads of a row, of which one at most has a centre; all get the centre and the sum.
+  __device__ __forceinline__ float total(float* scratch) {
+    float sums[3] = {centre, others, products};
+    row_sum<false>(sums, scratch);
+    centre = sums[0];
+    return sums[2] - sums[0] * sums[1];
+  }
+};
+
+// grad of scores = scale x weights x (grad of weights - centre - sum of weights x (grad of weights - centre))
 template <typename T, int kVectors>
 __global__ void __launch_bounds__(kMostThreads) backward(Softmax call) {
   constexpr int kSize = vector_size<T>;
-  __shared__ float totals[kMostWarps];
+  __shared__ float totals[3 * kMostWarps];
   wait_for_former_kernel();
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (index >= call.rows) return;
@@ -212,7 +236,7 @@ __global__ void __launch_bounds__(kMostThreads) backward(Softmax call) {
       }
     }
   };
-  float total = 0.0f;
+  CentredSum sum;
 #pragma unroll
   for (int n = 0; n < kVectors; ++n) {
     const int key = (n * blockDim.x + threadIdx.x) * kSize;
@@ -220,10 +244,10 @@ __global__ void __launch_bounds__(kMostThreads) backward(Softmax call) {
       float weight[kSize], grad[kSize];
       unpack(n, key, weight, grad);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) total += weight[i] * grad[i];
+      for (int i = 0; i < kSize; ++i) sum.take(weight[i], grad[i]);
     }
   }
-  total = row_total(total, totals);
+  const float total = sum.total(totals);
 #pragma unroll
   for (int n = 0; n < kVectors; ++n) {
     const int key = (n * blockDim.x + threadIdx.x) * kSize;
@@ -235,7 +259,7 @@ __global__ void __launch_bounds__(kMostThreads) backward(Softmax call) {
         float weight[kSize], grad[kSize];
         unpack(n, key, weight, grad);
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) grad[i] = call.scale * weight[i] * (grad[i] - total);
+        for (int i = 0; i < kSize; ++i) grad[i] = call.scale * weight[i] * (grad[i] - sum.centre - total);
         out = Packed<T, kSize>::pack(grad);
       }
       out.store(grad_scores + key);
@@ -298,21 +322,23 @@ __global__ void __launch_bounds__(kMostThreads) long_forward(Softmax call) {
 
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kMostThreads) long_backward(Softmax call) {
-  __shared__ float totals[kMostWarps];
+  __shared__ float totals[3 * kMostWarps];
   wait_for_former_kernel();
   const Row row = row_of(call, blockIdx.x);
   const T* weights = reinterpret_cast<const T*>(call.weights) + row.first;
   const T* grad_weights = reinterpret_cast<const T*>(call.grad_weights) + row.first;
   T* grad_scores = reinterpret_cast<T*>(call.grad_scores) + row.first;
-  float total = 0.0f;
+  CentredSum sum;
   for (int key = threadIdx.x * kSize; key < row.visible; key += blockDim.x * kSize) {
     float weight[kSize], grad[kSize];
     Packed<T, kSize>::load(weights + key).unpack(weight);
     Packed<T, kSize>::load(grad_weights + key).unpack(grad);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) total += key + i < row.visible ? weight[i] * grad[i] : 0.0f;
+    for (int i = 0; i < kSize; ++i) {
+      if (key + i < row.visible) sum.take(weight[i], grad[i]);
+    }
   }
-  total = row_total(total, totals);
+  const float total = sum.total(totals);
   for (int key = threadIdx.x * kSize; key < call.keys; key += blockDim.x * kSize) {
     float weight[kSize] = {}, grad[kSize] = {};
     if (key < row.visible) {
@@ -321,7 +347,7 @@ __global__ void __launch_bounds__(kMostThreads) long_backward(Softmax call) {
     }
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      grad[i] = key + i < row.visible ? call.scale * weight[i] * (grad[i] - total) : 0.0f;
+      grad[i] = key + i < row.visible ? call.scale * weight[i] * (grad[i] - sum.centre - total) : 0.0f;
     }
     Packed<T, kSize>::pack(grad).store(grad_scores + key);
   }
