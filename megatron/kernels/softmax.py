@@ -115,10 +115,12 @@ def _softmax_cpu(scores: Tensor, mask: Tensor | None, scale: float, causal: bool
 
 def _backward_cpu(grad: Tensor, weights: Tensor, scale: float, causal: bool) -> Tensor:
     wide, grad = weights.float(), grad.float()
-    # Beside a weight near 1 the plain formula keeps the weight's rounding alone; see `CentredSum` of the kernel.
+    # Of a weight near 1 the plain formula would leave the rounding: see `Centred` in the kernel.
     is_most = wide > 0.5
-    grad = grad - grad.masked_fill(~is_most, 0.0).sum(dim=-1, keepdim=True)
-    grad_scores = scale * wide * (grad - (wide.masked_fill(is_most, 0.0) * grad).sum(dim=-1, keepdim=True))
+    others = wide.masked_fill(is_most, 0.0)
+    centred = grad - grad.masked_fill(~is_most, 0.0).sum(dim=-1, keepdim=True)
+    wide = torch.where(is_most, 1.0 - others.sum(dim=-1, keepdim=True), wide)
+    grad_scores = scale * wide * (centred - (others * centred).sum(dim=-1, keepdim=True))
     return grad_scores.to(weights.dtype).contiguous()
 
 

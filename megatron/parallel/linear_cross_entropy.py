@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.parallel.chunks import Arrivals, SequenceChunks, add_product
-from megatron.parallel.collectives import start_all_gather
-from megatron.parallel.cross_entropy import PlainSoftmax, ShardedSoftmax, token_losses
+from megatron.parallel.cross_entropy import PlainSoftmax, ShardedSoftmax, combine_over, token_losses
 from megatron.parallel.groups import Group
 
 FP16_LIFT = 256.0
@@ -83,27 +82,17 @@ class _Job:
         shards = self.chunks.shards
         return of_sequence_sb.unflatten(0, (shards, of_sequence_sb.shape[0] // shards))[:, chunk].flatten()
 
-    def losses(self, logits_nv: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each token's loss [n], the log of its softmax's denominator [2, n], and its column on this rank."""
-        group = self.chunks.group
-        first = group.rank * logits_nv.shape[1]
-        columns = labels_n - first
-        statistics = torch.stack(self.softmax.statistics(logits_nv, columns, self.num_tokens(logits_nv)))
-        every_3 = start_all_gather(statistics.unsqueeze(0), group).wait() if group.size > 1 else None
-        highest, exp_sum, label_logit = statistics if every_3 is None else _join(every_3)
-        return *token_losses(highest, exp_sum, label_logit), columns
-
-    def num_tokens(self, logits_nv: Tensor) -> int:
-        """Count this rank's columns that are no padding."""
-        columns = logits_nv.shape[1]
-        return min(max(self.vocab_size - self.chunks.group.rank * columns, 0), columns)
-
-
-def _join(statistics_t3n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Combine the ranks' highest logits, sums of exponentials relative to them, and labels' logits."""
-    highest_tn, exp_sum_tn, label_logit_tn = statistics_t3n.unbind(1)
-    highest = highest_tn.amax(dim=0)
-    return highest, (exp_sum_tn * (highest_tn - highest).exp()).sum(dim=0), label_logit_tn.sum(dim=0)
+    def losses(self, logits_nv: Tensor, labels_n: Tensor, scale_n: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return each token's loss [n], and scale x its gradient, which may overwrite the logits; None without a scale."""
+        group, softmax, width = self.chunks.group, self.softmax, logits_nv.shape[1]
+        first = group.rank * width
+        columns, num_tokens = labels_n - first, min(max(self.vocab_size - first, 0), width)
+        if group.size == 1 and scale_n is not None:
+            return softmax.losses_and_gradient(logits_nv, columns, scale_n, num_tokens)
+        losses, log_sum = token_losses(combine_over(group, softmax.statistics(logits_nv, columns, num_tokens)))
+        if scale_n is None:
+            return losses, None
+        return losses, softmax.gradient(logits_nv, columns, log_sum, scale_n, num_tokens)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -120,11 +109,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for chunk, whole in job.chunks.gathered(hidden):
             rows, mask = whole.flatten(0, 1), job.pick(mask_sb, chunk).float()
             logits = rows @ weight.t()
-            losses, log_sum, columns = job.losses(logits, job.pick(labels_sb, chunk))
+            scale = mask * lift if wants_hidden or wants_weight else None
+            losses, grad_logits = job.losses(logits, job.pick(labels_sb, chunk), scale)
             loss_sum += (losses * mask).sum()
-            if not (wants_hidden or wants_weight):
+            if grad_logits is None:
                 continue
-            grad_logits = job.softmax.gradient(logits, columns, log_sum, mask * lift, job.num_tokens(logits))
             if arrivals is not None:
                 arrivals.expect(chunk, job.chunks.reduce((grad_logits @ weight).view_as(whole)))
             if wants_weight:
@@ -135,20 +124,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if wants_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.lift, ctx.dtype = lift, weight.dtype
+        ctx.lift, ctx.dtype, ctx.softmax = lift, weight.dtype, job.softmax
         return loss_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         unit_hidden, unit_weight = ctx.saved_tensors
-        scale = grad_loss.float() / ctx.lift
-        grad_hidden = None if unit_hidden is None else _scaled(unit_hidden, scale, unit_hidden.dtype)
-        grad_weight = None if unit_weight is None else _scaled(unit_weight, scale, ctx.dtype)
+        scale, rescaled = grad_loss.float() / ctx.lift, ctx.softmax.rescaled
+        grad_hidden = None if unit_hidden is None else rescaled(unit_hidden, scale, unit_hidden.dtype)
+        grad_weight = None if unit_weight is None else rescaled(unit_weight, scale, ctx.dtype)
         return grad_hidden, grad_weight, None, None, None
-
-
-def _scaled(unit: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply in fp32 and round once, in one pass and without an fp32 copy."""
-    # A scale with a dim takes part in the choice of the type of arithmetic, where a number would be rounded first.
-    return torch.mul(unit, scale.view(1), out=torch.empty_like(unit, dtype=dtype))
