@@ -39,7 +39,7 @@ class FusedSoftmax:
     def losses_and_gradient(
         self, rows_nv: Tensor, columns_n: Tensor, scale_n: Tensor, num_tokens: int
     ) -> tuple[Tensor, Tensor]:
-        """Return the losses of rows that hold the whole vocabulary, fp32 [n], and overwrite the logits as `gradient`."""
+        """Return the losses of rows of the whole vocabulary, fp32 [n], and overwrite the logits as `gradient` does."""
         return _losses_and_gradient(rows_nv, columns_n, scale_n, num_tokens), rows_nv
 
     def rescaled(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,10 +29,10 @@ class ShardedSoftmax(Protocol):
         """Whether it can work on such logits."""
 
     def statistics(self, rows: Tensor, columns: Tensor, num_tokens: int) -> Tensor:
-        """Return, fp32 [3, n]: the highest logit (-inf of none), the sum of exp(logit - highest) of the others, the label's.
+        """Return, fp32 [3, n]: the highest logit, the sum of exp(logit - highest) of the others, the label's logit.
 
-        The others are all logits but one of the highest, whose 1 would take their digits from the sum where a token is
-        nearly certain. The label's logit is 0 where the label is not here.
+        They are -inf and 0 of no logits, and 0 where the label is not here. The others are all but one of the highest,
+        whose 1 would leave few of their digits in the sum where a token is nearly certain.
         """
 
     def gradient(self, rows: Tensor, columns: Tensor, log_sum: Tensor, scale: Tensor, num_tokens: int) -> Tensor:
@@ -51,7 +51,7 @@ class ShardedSoftmax(Protocol):
 
 
 def combine_over(group: Group, statistics_3n: Tensor) -> Tensor:
-    """Make the `ShardedSoftmax.statistics` of all ranks' columns out of those of each, in the same order on every rank."""
+    """Make the `ShardedSoftmax.statistics` of all ranks' columns of those of each; every rank gets the same bits."""
     if group.size == 1:
         return statistics_3n
     highest_tn, others_tn, label_logit_tn = start_all_gather(statistics_3n.unsqueeze(0), group).wait().unbind(1)

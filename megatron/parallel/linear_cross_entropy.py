@@ -83,7 +83,7 @@ class _Job:
         return of_sequence_sb.unflatten(0, (shards, of_sequence_sb.shape[0] // shards))[:, chunk].flatten()
 
     def losses(self, logits_nv: Tensor, labels_n: Tensor, scale_n: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return each token's loss [n], and scale x its gradient, which may overwrite the logits; None without a scale."""
+        """Return each token's loss [n] and scale x its gradient, which may overwrite the logits; None without scale."""
         group, softmax, width = self.chunks.group, self.softmax, logits_nv.shape[1]
         first = group.rank * width
         columns, num_tokens = labels_n - first, min(max(self.vocab_size - first, 0), width)
