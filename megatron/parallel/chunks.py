@@ -80,6 +80,15 @@ class Arrivals:
         self.finish()
         self._pending = (chunk, pending)
 
+    def expect_product(self, chunk: slice, chunks: SequenceChunks, left: Tensor, right: Tensor) -> None:
+        """Expect left right [tokens of the chunk, h], summed over the ranks; on one rank it is computed in its place."""
+        place = self._to[chunk]
+        if chunks.group.size == 1:
+            torch.mm(left, right, out=place.flatten(0, 1))
+        else:
+            summand = (left @ right).view(chunks.shards * place.shape[0], *place.shape[1:])
+            self.expect(chunk, chunks.reduce(summand))
+
     def finish(self) -> None:
         """Write what is under way."""
         if self._pending is not None:

@@ -102,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels_sb: Tensor, mask_sb: Tensor, job: _Job) -> Tensor:
         wants_hidden, wants_weight = (wanted and job.wants_gradients for wanted in ctx.needs_input_grad[:2])
         lift = FP16_LIFT if hidden.dtype == torch.float16 else 1.0
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wants_hidden else None
         grad_weight = None
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         arrivals = None if grad_hidden is None else Arrivals(grad_hidden)
@@ -115,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_logits is None:
                 continue
             if arrivals is not None:
-                arrivals.expect(chunk, job.chunks.reduce((grad_logits @ weight).view_as(whole)))
+                arrivals.expect_product(chunk, job.chunks, grad_logits, weight)
             if wants_weight:
                 grad_weight = add_product(grad_weight, grad_logits, rows)
             del logits, grad_logits  # else they live while the next chunk's are made
