@@ -17,6 +17,8 @@ from megatron.kernels.operator import DTYPE_CODES, Operator, address, falls_back
 class FusedSoftmax:
     """The passes over the logits of a cross entropy; what they compute is told there, in `ShardedSoftmax`."""
 
+    overwrites = True
+
     def serves(self, rows_nv: Tensor) -> bool:
         """Whether these logits can be handed to the methods below."""
         reason = why_not_computed(rows_nv.dtype)

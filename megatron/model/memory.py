@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron.config.model import ModelConfig
 from megatron.model.recompute_flops import UnitShape
+from megatron.parallel.linear_cross_entropy import tokens_at_a_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,7 @@ def head_memory(
     )
     if not chunk_size:
         return norm + rows * columns * logit_bytes + gathered + rows * itemsize * hidden + itemsize * weight
-    chunk = min(chunk_size, rows)
+    chunk = min(tokens_at_a_time(chunk_size, hidden, in_place=fused), rows)
     forward = shard + 4 * weight + chunk * (columns * logit_bytes + 2 * itemsize * hidden)
     scaling = 2 * shard + (4 + itemsize) * weight
     return norm + max(forward, scaling)

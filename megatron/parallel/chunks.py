@@ -81,7 +81,7 @@ class Arrivals:
         self._pending = (chunk, pending)
 
     def expect_product(self, chunk: slice, chunks: SequenceChunks, left: Tensor, right: Tensor) -> None:
-        """Expect left right [tokens of the chunk, h], summed over the ranks; on one rank it is computed in its place."""
+        """Expect left right, [tokens of the chunk, h], summed over ranks; one rank computes it in its place."""
         place = self._to[chunk]
         if chunks.group.size == 1:
             torch.mm(left, right, out=place.flatten(0, 1))

@@ -25,6 +25,10 @@ class ShardedSoftmax(Protocol):
     Columns from `num_tokens` on are padding. A label's column outside of 0 .. num_tokens - 1 is on another rank.
     """
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether gradients take the place of the logits."""
+
     def serves(self, rows: Tensor) -> bool:
         """Whether it can work on such logits."""
 
@@ -135,6 +139,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 class PlainSoftmax:
     """`ShardedSoftmax` in plain torch, a chunk of rows at a time."""
+
+    overwrites = False
 
     def serves(self, rows: Tensor) -> bool:
         """Serve everything."""

@@ -51,21 +51,35 @@ def linear_cross_entropy(
         loss_mask_sb: weight of each token's loss, [s, b]; None: all ones.
         group: the ranks that share the vocabulary.
         vocab_size: columns that are tokens; the rest is padding and takes no part.
-        chunk_size: tokens whose logits exist at a time. A chunk is made of whole positions, of every rank's shard with
-            sequence parallelism, and has one at least.
+        chunk_size: tokens whose logits exist at a time; see `tokens_at_a_time`. A chunk is made of whole positions, of
+            every rank's shard with sequence parallelism, and has one at least.
         sequence_parallel: whether `hidden` is a shard of the sequence.
         softmax: computes the passes over the logits of a chunk; by default plain torch.
     """
+    if softmax is None or not softmax.serves(hidden):
+        softmax = PlainSoftmax()
+    wants_gradients = torch.is_grad_enabled()
+    if wants_gradients and weight.requires_grad:
+        chunk_size = tokens_at_a_time(chunk_size, weight.shape[1], in_place=softmax.overwrites)
     job = _Job(
         chunks=SequenceChunks(group=group, size=chunk_size, sequence_parallel=sequence_parallel),
         vocab_size=vocab_size,
-        softmax=softmax if softmax is not None and softmax.serves(hidden) else PlainSoftmax(),
-        wants_gradients=torch.is_grad_enabled(),
+        softmax=softmax,
+        wants_gradients=wants_gradients,
     )
     if loss_mask_sb is None:
         loss_mask_sb = torch.ones_like(labels_sb, dtype=torch.float32)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels_sb, loss_mask_sb, job)
     return loss
+
+
+def tokens_at_a_time(chunk_size: int, hidden_size: int, *, in_place: bool) -> int:
+    """Enlarge a chunk to what it may be at the same peak of memory, since each costs a pass over the weight's gradient.
+
+    Backward has that gradient in fp32 and once more in the weight's type: v x h numbers beside the sum, as many as the
+    logits of h tokens, where their gradient takes their place.
+    """
+    return max(chunk_size, hidden_size) if in_place else chunk_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron.kernels.cross_entropy import FusedSoftmax
-from megatron.parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.parallel.cross_entropy import PlainSoftmax, vocab_parallel_cross_entropy
 from megatron.parallel.groups import Group
 from megatron.parallel.linear_cross_entropy import linear_cross_entropy
 from tests.parallel.logical import device, logical, own, tensor_group
@@ -134,6 +134,36 @@ def test_only_a_chunk_of_logits_exists_at_a_time():
     with Watch():
         linear_cross_entropy(hidden, weight, labels, mask, group=Group.alone(), vocab_size=500, chunk_size=8)
     assert largest == 8 * 500
+
+
+@pytest.mark.parametrize(
+    ("softmax", "frozen", "rows"),
+    [(FusedSoftmax(), False, [5, 1]), (FusedSoftmax(), True, [2, 2, 2]), (PlainSoftmax(), False, [2, 2, 2])],
+    ids=["fused", "fused, weight frozen", "plain"],
+)
+def test_a_chunk_has_the_hidden_size_in_tokens_where_that_does_not_raise_the_peak(softmax, frozen, rows):
+    hidden, weight = logical(1, LENGTH, 1, HIDDEN).requires_grad_(), logical(2, VOCAB, HIDDEN)
+    labels, found = torch.zeros(LENGTH, 1, dtype=torch.long), []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if "mm" in str(function) and result.shape[-1] == VOCAB:
+                found.append(len(result))
+            return result
+
+    with Watch():
+        linear_cross_entropy(
+            hidden,
+            weight.requires_grad_(not frozen),
+            labels,
+            None,
+            group=Group.alone(),
+            vocab_size=VOCAB,
+            chunk_size=2,
+            softmax=softmax,
+        )
+    assert found == rows
 
 
 def test_without_autograd_no_gradient_is_computed():
