@@ -1,5 +1,5 @@
-// A block a row. Forward keeps, in each thread, the highest logit so far and the sum of the others' exponentials relative
-// to it, so that the row is read once; the threads' pairs are then combined in a fixed order.
+// A block a row. Forward keeps, in each thread, the highest logit so far and the sum of the others' exponentials
+// relative to it, so that the row is read once; the threads' pairs are then combined in a fixed order.
 #include "cross_entropy.h"
 
 #include <algorithm>
@@ -46,11 +46,11 @@ struct Running {
   }
 
   // Of the two highest the lower is one of the others from here on.
-  __device__ __forceinline__ void merge(float other_highest, float other_others) {
-    const float top = fmaxf(highest, other_highest), lower = fminf(highest, other_highest);
-    others = top == -INFINITY ? others + other_others
+  __device__ __forceinline__ void merge(const Running& more) {
+    const float top = fmaxf(highest, more.highest), lower = fminf(highest, more.highest);
+    others = top == -INFINITY ? others + more.others
                               : others * shifted_exponential<kExact>(highest, top) +
-                                    other_others * shifted_exponential<kExact>(other_highest, top) +
+                                    more.others * shifted_exponential<kExact>(more.highest, top) +
                                     shifted_exponential<kExact>(lower, top);
     highest = top;
   }
@@ -58,16 +58,12 @@ struct Running {
   __device__ __forceinline__ void merge_warp() {
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2) {
-      const float other_highest = __shfl_xor_sync(0xffffffffu, highest, step);
-      const float other_others = __shfl_xor_sync(0xffffffffu, others, step);
+      const Running own = *this;
+      const Running other{__shfl_xor_sync(0xffffffffu, highest, step), __shfl_xor_sync(0xffffffffu, others, step)};
+      const bool is_first = (threadIdx.x & step) == 0;
       // The same order in both lanes, so that all lanes agree in every bit.
-      if ((threadIdx.x & step) == 0) {
-        merge(other_highest, other_others);
-      } else {
-        Running lower{other_highest, other_others};
-        lower.merge(highest, others);
-        *this = lower;
-      }
+      *this = is_first ? own : other;
+      merge(is_first ? other : own);
     }
   }
 };
@@ -85,8 +81,8 @@ __device__ __forceinline__ Cut cut(const T* row, int count) {
   return {head, (count - head) / kSize};
 }
 
-// Of a row; every thread gets the result.
-template <typename T>
+// Of a row; every thread gets the result, or those of the first warp.
+template <bool kForAll, typename T>
 __device__ __forceinline__ Running<std::is_same_v<T, float>> over_row(const T* logits, int num_tokens) {
   constexpr int kSize = vector_size<T>;
   __shared__ float highest[kMostWarps], others[kMostWarps];
@@ -118,6 +114,7 @@ __device__ __forceinline__ Running<std::is_same_v<T, float>> over_row(const T* l
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   if (lane == 0) highest[warp] = running.highest, others[warp] = running.others;
   __syncthreads();
+  if (!kForAll && warp > 0) return running;
   running = {};
   if (lane < kThreads / kWarp) running = {highest[lane], others[lane]};
   running.merge_warp();
@@ -135,7 +132,7 @@ __global__ void __launch_bounds__(kThreads) statistics(CrossEntropy call) {
   wait_for_former_kernel();
   const std::int64_t row = blockIdx.x;
   const T* __restrict__ logits = reinterpret_cast<const T*>(call.logits) + row * call.row_stride;
-  const auto running = over_row(logits, call.num_tokens);
+  const auto running = over_row<false>(logits, call.num_tokens);
   if (threadIdx.x == 0) {
     const std::int64_t label = reinterpret_cast<const std::int64_t*>(call.label_columns)[row];
     float* out = reinterpret_cast<float*>(call.statistics);
@@ -186,7 +183,9 @@ __device__ __forceinline__ void write_gradient(const CrossEntropy& call, std::in
       }
     }
   }
-  for (int c = after + threadIdx.x; c < call.num_tokens; c += kThreads) grad[c] = from_float<T>(value(to_float(logits[c])));
+  for (int c = after + threadIdx.x; c < call.num_tokens; c += kThreads) {
+    grad[c] = from_float<T>(value(to_float(logits[c])));
+  }
   for (int c = call.num_tokens + threadIdx.x; c < call.columns; c += kThreads) grad[c] = from_float<T>(0.0f);
   if (is_mine) grad[label] = from_float<T>(of_label);
 }
@@ -207,7 +206,7 @@ __global__ void __launch_bounds__(kThreads) loss_and_gradient(CrossEntropy call)
   const T* logits = reinterpret_cast<const T*>(call.logits) + row * call.row_stride;
   const std::int64_t label = reinterpret_cast<const std::int64_t*>(call.label_columns)[row];
   const float of_label = label_logit(logits, label, call.num_tokens);  // before any thread can overwrite it
-  const auto running = over_row(logits, call.num_tokens);
+  const auto running = over_row<true>(logits, call.num_tokens);
   const float log_sum = log1pf(running.others);
   if (threadIdx.x == 0) reinterpret_cast<float*>(call.losses)[row] = log_sum + (running.highest - of_label);
   write_gradient<T>(call, row, running.highest, log_sum);

@@ -11,9 +11,9 @@ namespace megatron {
 struct CrossEntropy {
   std::uintptr_t logits;
   std::uintptr_t label_columns;  // int64 [rows]; outside of 0 .. num_tokens - 1: the label is not here
-  std::uintptr_t statistics;     // forward, fp32 [3, rows]: highest logit, sum of exp(logit - highest) of the others, label's
+  std::uintptr_t statistics;     // forward, fp32 [3, rows]: highest logit, the others' sum of exp(logit - highest), label's
   std::uintptr_t losses;         // both at once, fp32 [rows]
-  std::uintptr_t log_sum;        // backward, fp32 [2, rows]: highest logit, log of the sum of exp(logit - highest) of all
+  std::uintptr_t log_sum;        // backward, fp32 [2, rows]: highest logit, log of the sum of exp(logit - highest)
   std::uintptr_t scale;          // backward, fp32 [rows]
   std::uintptr_t grad;           // backward, may be `logits`; rows are `columns` apart unless it is
   std::int64_t rows, row_stride, grad_stride;
