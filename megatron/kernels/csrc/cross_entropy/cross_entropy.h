@@ -11,7 +11,7 @@ namespace megatron {
 struct CrossEntropy {
   std::uintptr_t logits;
   std::uintptr_t label_columns;  // int64 [rows]; outside of 0 .. num_tokens - 1: the label is not here
-  std::uintptr_t statistics;     // forward, fp32 [3, rows]: highest logit, the others' sum of exp(logit - highest), label's
+  std::uintptr_t statistics;     // forward, fp32 [3, rows]: highest logit, the others' sum of exp(logit - it), label's
   std::uintptr_t losses;         // both at once, fp32 [rows]
   std::uintptr_t log_sum;        // backward, fp32 [2, rows]: highest logit, log of the sum of exp(logit - highest)
   std::uintptr_t scale;          // backward, fp32 [rows]

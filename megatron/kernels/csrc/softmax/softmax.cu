@@ -179,10 +179,10 @@ __global__ void __launch_bounds__(kMostThreads) forward(Softmax call) {
 }
 
 // grad of scores = scale x weights x (grad of weights - sum of weights x grad of weights), which is the same where a
-// number is taken off all gradients: here the one of the weight above a half, of which a row has one at most. Near 1 the
-// difference of its gradient and the sum would cancel, and leave the weight's rounding. Less itself its gradient is zero
-// and takes no part in the sum, the others' summands keep all their digits, and it is 1 less them, more exact than the
-// rounded weight.
+// number is taken off all gradients: here the one of the weight above a half, of which a row has one at most. Near 1
+// the difference of its gradient and the sum would cancel, and leave the weight's rounding. Less itself its gradient is
+// zero and has no part in the sum, the others' summands keep their digits, and 1 less the others is more exact than the
+// weight, which is rounded.
 struct Centred {
   float centre = 0.0f, others = 0.0f, sum = 0.0f;  // the others' weights, and these times their gradients
 
