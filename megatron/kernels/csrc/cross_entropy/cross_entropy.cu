@@ -23,48 +23,113 @@ __device__ __forceinline__ float shifted_exponential(float x, float shift) {
 // The highest of some numbers, and the sum of exp(number - highest) of all others: the highest one's is 1, beside which
 // the others of a token that is nearly certain would lose their digits. -inf and 0 of none.
 template <bool kExact>
-struct Running {
+struct Share {
   float highest = -INFINITY, others = 0.0f;
 
-  template <int kCount>
-  __device__ __forceinline__ void take(const float (&values)[kCount]) {
-    const float before = highest;
-    float lower[kCount];  // the values but for the highest, in whose place stands the one before; a NaN stays
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      lower[i] = values[i] > highest ? highest : values[i];
-      highest = fmaxf(highest, values[i]);
-    }
-    if (highest > before) others *= shifted_exponential<kExact>(before, highest);
-    if (highest == -INFINITY) {  // nothing but -inf so far, whose share is zero; a NaN must not be lost
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) others += isnan(lower[i]) ? lower[i] : 0.0f;
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) others += shifted_exponential<kExact>(lower[i], highest);
+  // Of the highest where it was lower: zero of -inf, also where all are.
+  __device__ __forceinline__ float exponential(float lower) const {
+    return shifted_exponential<kExact>(lower, highest == -INFINITY ? 0.0f : highest);
   }
 
-  // Of the two highest the lower is one of the others from here on.
-  __device__ __forceinline__ void merge(const Running& more) {
-    const float top = fmaxf(highest, more.highest), lower = fminf(highest, more.highest);
-    others = top == -INFINITY ? others + more.others
-                              : others * shifted_exponential<kExact>(highest, top) +
-                                    more.others * shifted_exponential<kExact>(more.highest, top) +
-                                    shifted_exponential<kExact>(lower, top);
-    highest = top;
+  // Of the two highest the lower is one of the others from here on. Which of the two is given makes no difference in
+  // any bit, so that all lanes of a warp agree.
+  __device__ __forceinline__ void merge(const Share& more) {
+    const bool is_higher = highest > more.highest;
+    const float lower = is_higher ? more.highest : highest, of_lower = is_higher ? more.others : others;
+    if (!is_higher) highest = more.highest, others = more.others;
+    const float scale = exponential(lower);
+    others = fmaf(scale, of_lower, others) + scale;
   }
 
   __device__ __forceinline__ void merge_warp() {
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2) {
-      const Running own = *this;
-      const Running other{__shfl_xor_sync(0xffffffffu, highest, step), __shfl_xor_sync(0xffffffffu, others, step)};
-      const bool is_first = (threadIdx.x & step) == 0;
-      // The same order in both lanes, so that all lanes agree in every bit.
-      *this = is_first ? own : other;
-      merge(is_first ? other : own);
+      merge({__shfl_xor_sync(0xffffffffu, highest, step), __shfl_xor_sync(0xffffffffu, others, step)});
     }
+  }
+};
+
+// What fills a register. The halves of a pair are compared in one instruction.
+template <typename T>
+constexpr int word_size = 4 / static_cast<int>(sizeof(T));
+template <typename T>
+using Word = Packed<T, word_size<T>>;
+
+template <typename T>
+__device__ __forceinline__ Word<T> word_of(float number) {
+  float places[word_size<T>] = {number};
+#pragma unroll
+  for (int i = 1; i < word_size<T>; ++i) places[i] = -INFINITY;
+  return Word<T>::pack(places);
+}
+
+// As `unpack`, in one instruction a number.
+template <typename T>
+__device__ __forceinline__ void spread(const Word<T>& word, float (&places)[word_size<T>]) {
+  if constexpr (std::is_same_v<T, bfloat_t>) {
+    reinterpret_cast<std::uint32_t&>(places[0]) = word.raw << 16;
+    reinterpret_cast<std::uint32_t&>(places[1]) = word.raw & 0xffff0000u;
+  } else {
+    word.unpack(places);
+  }
+}
+
+// Leaves in each place of `held` the higher number and returns the lower one; a NaN is returned.
+template <typename T>
+__device__ __forceinline__ Word<T> exchange(Word<T>& held, const Word<T>& word) {
+  Word<T> lower;
+  if constexpr (std::is_same_v<T, float>) {
+    const float number = reinterpret_cast<const float&>(word.raw);
+    float& highest = reinterpret_cast<float&>(held.raw);
+    reinterpret_cast<float&>(lower.raw) = number > highest ? highest : number;
+    highest = fmaxf(number, highest);
+  } else {
+    using Pair = std::conditional_t<std::is_same_v<T, half_t>, __half2, __nv_bfloat162>;
+    const Pair pair = reinterpret_cast<const Pair&>(word.raw);
+    Pair& highest = reinterpret_cast<Pair&>(held.raw);
+    reinterpret_cast<Pair&>(lower.raw) = __hmin2_nan(pair, highest);
+    highest = __hmax2(pair, highest);
+  }
+  return lower;
+}
+
+// What a thread has taken so far: for each place in a word the highest number, and the sum of the others' exponentials
+// relative to the highest of all.
+template <typename T>
+struct Running {
+  static constexpr int kPlaces = word_size<T>;
+  Word<T> held = word_of<T>(-INFINITY);
+  Share<std::is_same_v<T, float>> share;
+
+  template <int kCount>
+  __device__ __forceinline__ void take(const Word<T> (&words)[kCount]) {
+    Word<T> lower[kCount];
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) lower[n] = exchange(held, words[n]);
+    const float before = share.highest;
+    float numbers[kPlaces];
+    spread<T>(held, numbers);
+    share.highest = fmaxf(numbers[0], numbers[kPlaces - 1]);
+    share.others *= share.exponential(before);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      spread<T>(lower[n], numbers);
+#pragma unroll
+      for (int i = 0; i < kPlaces; ++i) share.others += share.exponential(numbers[i]);
+    }
+  }
+
+  __device__ __forceinline__ void take(const Packed<T, vector_size<T>>& vector) {
+    take(reinterpret_cast<const Word<T>(&)[vector_size<T> / kPlaces]>(vector));
+  }
+
+  // With what is held in the other place among the others.
+  __device__ __forceinline__ Share<std::is_same_v<T, float>> whole() const {
+    float numbers[kPlaces];
+    spread<T>(held, numbers);
+    Share<std::is_same_v<T, float>> result = share;
+    if (kPlaces > 1) result.others += share.exponential(fminf(numbers[0], numbers[kPlaces - 1]));
+    return result;
   }
 };
 
@@ -81,16 +146,26 @@ __device__ __forceinline__ Cut cut(const T* row, int count) {
   return {head, (count - head) / kSize};
 }
 
-// Of a row; every thread gets the result, or those of the first warp.
+// 0 where the label is not here.
+template <typename T>
+__device__ __forceinline__ float label_logit(const T* logits, std::int64_t label, int num_tokens) {
+  return label >= 0 && label < num_tokens ? to_float(logits[label]) : 0.0f;
+}
+
+// Of a row, with its label's logit; every thread gets the result, or those of the first warp.
 template <bool kForAll, typename T>
-__device__ __forceinline__ Running<std::is_same_v<T, float>> over_row(const T* logits, int num_tokens) {
+__device__ __forceinline__ auto over_row(const CrossEntropy& call, std::int64_t row, float& of_label) {
   constexpr int kSize = vector_size<T>;
   __shared__ float highest[kMostWarps], others[kMostWarps];
+  const T* __restrict__ logits = reinterpret_cast<const T*>(call.logits) + row * call.row_stride;
+  const int num_tokens = call.num_tokens;
+  const std::int64_t label = reinterpret_cast<const std::int64_t*>(call.label_columns)[row];
   const Cut parts = cut(logits, num_tokens);
   const int after = parts.head + parts.vectors * kSize;
-  Running<std::is_same_v<T, float>> running;
-  for (int c = threadIdx.x; c < parts.head; c += kThreads) running.take({to_float(logits[c])});
-  for (int c = after + threadIdx.x; c < num_tokens; c += kThreads) running.take({to_float(logits[c])});
+  Running<T> running;
+  const auto take_one = [&](int column) { running.take({word_of<T>(to_float(logits[column]))}); };
+  for (int c = threadIdx.x; c < parts.head; c += kThreads) take_one(c);
+  for (int c = after + threadIdx.x; c < num_tokens; c += kThreads) take_one(c);
   int start = threadIdx.x;
   for (; start + (kAtOnce - 1) * kThreads < parts.vectors; start += kAtOnce * kThreads) {
     Packed<T, kSize> packed[kAtOnce];
@@ -99,46 +174,35 @@ __device__ __forceinline__ Running<std::is_same_v<T, float>> over_row(const T* l
       packed[n] = Packed<T, kSize>::load(logits + parts.head + (start + n * kThreads) * kSize);
     }
 #pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      float values[kSize];
-      packed[n].unpack(values);
-      running.take(values);
-    }
+    for (int n = 0; n < kAtOnce; ++n) running.take(packed[n]);
   }
   for (; start < parts.vectors; start += kThreads) {
-    float values[kSize];
-    Packed<T, kSize>::load(logits + parts.head + start * kSize).unpack(values);
-    running.take(values);
+    running.take(Packed<T, kSize>::load(logits + parts.head + start * kSize));
   }
-  running.merge_warp();
+  of_label = label_logit(logits, label, num_tokens);  // on its way while the threads' shares are merged
+  auto share = running.whole();
+  share.merge_warp();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  if (lane == 0) highest[warp] = running.highest, others[warp] = running.others;
+  if (lane == 0) highest[warp] = share.highest, others[warp] = share.others;
   __syncthreads();
-  if (!kForAll && warp > 0) return running;
-  running = {};
-  if (lane < kThreads / kWarp) running = {highest[lane], others[lane]};
-  running.merge_warp();
-  return running;
-}
-
-// 0 where the label is not here.
-template <typename T>
-__device__ __forceinline__ float label_logit(const T* logits, std::int64_t label, int num_tokens) {
-  return label >= 0 && label < num_tokens ? to_float(logits[label]) : 0.0f;
+  if (!kForAll && warp > 0) return share;
+  share = {};
+  if (lane < kThreads / kWarp) share = {highest[lane], others[lane]};
+  share.merge_warp();
+  return share;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) statistics(CrossEntropy call) {
   wait_for_former_kernel();
   const std::int64_t row = blockIdx.x;
-  const T* __restrict__ logits = reinterpret_cast<const T*>(call.logits) + row * call.row_stride;
-  const auto running = over_row<false>(logits, call.num_tokens);
+  float of_label;
+  const auto share = over_row<false, T>(call, row, of_label);
   if (threadIdx.x == 0) {
-    const std::int64_t label = reinterpret_cast<const std::int64_t*>(call.label_columns)[row];
     float* out = reinterpret_cast<float*>(call.statistics);
-    out[row] = running.highest;
-    out[call.rows + row] = running.others;
-    out[2 * call.rows + row] = label_logit(logits, label, call.num_tokens);
+    out[row] = share.highest;
+    out[call.rows + row] = share.others;
+    out[2 * call.rows + row] = of_label;
   }
 }
 
@@ -203,13 +267,11 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) loss_and_gradient(CrossEntropy call) {
   wait_for_former_kernel();
   const std::int64_t row = blockIdx.x;
-  const T* logits = reinterpret_cast<const T*>(call.logits) + row * call.row_stride;
-  const std::int64_t label = reinterpret_cast<const std::int64_t*>(call.label_columns)[row];
-  const float of_label = label_logit(logits, label, call.num_tokens);  // before any thread can overwrite it
-  const auto running = over_row<true>(logits, call.num_tokens);
-  const float log_sum = log1pf(running.others);
-  if (threadIdx.x == 0) reinterpret_cast<float*>(call.losses)[row] = log_sum + (running.highest - of_label);
-  write_gradient<T>(call, row, running.highest, log_sum);
+  float of_label;
+  const auto share = over_row<true, T>(call, row, of_label);
+  const float log_sum = log1pf(share.others);
+  if (threadIdx.x == 0) reinterpret_cast<float*>(call.losses)[row] = log_sum + (share.highest - of_label);
+  write_gradient<T>(call, row, share.highest, log_sum);
 }
 
 // To a type from another, times a number, kSize elements at a time but for the last ones.
