@@ -134,8 +134,9 @@ def head_memory(
     if not chunk_size:
         return norm + rows * columns * logit_bytes + gathered + rows * itemsize * hidden + itemsize * weight
     chunk = min(tokens_at_a_time(chunk_size, hidden, in_place=fused), rows)
-    forward = shard + 4 * weight + chunk * (columns * logit_bytes + 2 * itemsize * hidden)
-    scaling = 2 * shard + (4 + itemsize) * weight
+    unit = 4 * rows * hidden if tensor == 1 else shard  # the input's gradient between forward and backward
+    forward = unit + 4 * weight + chunk * (columns * logit_bytes + 2 * itemsize * hidden)
+    scaling = unit + shard + (4 + itemsize) * weight
     return norm + max(forward, scaling)
 
 

@@ -41,8 +41,8 @@ def linear_cross_entropy(
     """Sum over tokens of loss mask x -log softmax(hidden weight^T)[label], an fp32 scalar, the same on every rank.
 
     Forward computes the gradients of the sum, where autograd is on; backward multiplies them by the gradient that
-    arrives. The weight's are summed over the chunks in fp32 and rounded once, after that multiplication; the input's
-    are rounded before and after it.
+    arrives. The weight's are summed over the chunks in fp32 and rounded once, after that multiplication, and so are the
+    input's of one rank. Those of several, which travel in the input's type, are rounded before it too.
 
     Args:
         hidden: [s, b, h] the same on all ranks, or this rank's shard [s/t, b, h] with sequence parallelism.
@@ -96,6 +96,11 @@ class _Job:
         shards = self.chunks.shards
         return of_sequence_sb.unflatten(0, (shards, of_sequence_sb.shape[0] // shards))[:, chunk].flatten()
 
+    def unit_gradient(self, hidden: Tensor) -> Tensor:
+        """Make the place for the input's gradient, in fp32 where it does not travel."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32) if self.chunks.group.size == 1 else hidden.dtype
+        return torch.empty_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
+
     def losses(self, logits_nv: Tensor, labels_n: Tensor, scale_n: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return each token's loss [n] and scale x its gradient, which may overwrite the logits; None without scale."""
         group, softmax, width = self.chunks.group, self.softmax, logits_nv.shape[1]
@@ -116,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels_sb: Tensor, mask_sb: Tensor, job: _Job) -> Tensor:
         wants_hidden, wants_weight = (wanted and job.wants_gradients for wanted in ctx.needs_input_grad[:2])
         lift = FP16_LIFT if hidden.dtype == torch.float16 else 1.0
-        grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wants_hidden else None
+        grad_hidden = job.unit_gradient(hidden) if wants_hidden else None
         grad_weight = None
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         arrivals = None if grad_hidden is None else Arrivals(grad_hidden)
@@ -138,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if wants_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.lift, ctx.dtype, ctx.softmax = lift, weight.dtype, job.softmax
+        ctx.lift, ctx.dtypes, ctx.softmax = lift, (hidden.dtype, weight.dtype), job.softmax
         return loss_sum
 
     @staticmethod
@@ -146,6 +151,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         unit_hidden, unit_weight = ctx.saved_tensors
         scale, rescaled = grad_loss.float() / ctx.lift, ctx.softmax.rescaled
-        grad_hidden = None if unit_hidden is None else rescaled(unit_hidden, scale, unit_hidden.dtype)
-        grad_weight = None if unit_weight is None else rescaled(unit_weight, scale, ctx.dtype)
+        grad_hidden = None if unit_hidden is None else rescaled(unit_hidden, scale, ctx.dtypes[0])
+        grad_weight = None if unit_weight is None else rescaled(unit_weight, scale, ctx.dtypes[1])
         return grad_hidden, grad_weight, None, None, None

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kAtOnce = 4;  // vectors that a thread has on their way
+constexpr int kReadAtOnce = 3;  // where nothing is written: with a fourth the registers of four blocks do not suffice
 
 // exp(x - shift), exactly one at the shift.
 template <bool kExact>
@@ -167,14 +168,14 @@ __device__ __forceinline__ auto over_row(const CrossEntropy& call, std::int64_t 
   for (int c = threadIdx.x; c < parts.head; c += kThreads) take_one(c);
   for (int c = after + threadIdx.x; c < num_tokens; c += kThreads) take_one(c);
   int start = threadIdx.x;
-  for (; start + (kAtOnce - 1) * kThreads < parts.vectors; start += kAtOnce * kThreads) {
-    Packed<T, kSize> packed[kAtOnce];
+  for (; start + (kReadAtOnce - 1) * kThreads < parts.vectors; start += kReadAtOnce * kThreads) {
+    Packed<T, kSize> packed[kReadAtOnce];
 #pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
+    for (int n = 0; n < kReadAtOnce; ++n) {
       packed[n] = Packed<T, kSize>::load(logits + parts.head + (start + n * kThreads) * kSize);
     }
 #pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) running.take(packed[n]);
+    for (int n = 0; n < kReadAtOnce; ++n) running.take(packed[n]);
   }
   for (; start < parts.vectors; start += kThreads) {
     running.take(Packed<T, kSize>::load(logits + parts.head + start * kSize));
