@@ -20,8 +20,10 @@ Flags of its own come before or between those of pretrain_gpt.py, which win over
   --timeout S       seconds after which a run is given up (default: 1800)
 
 Model FLOPs are 6 x weights in products x tokens + 12 x layers x heads x head size x length x tokens, recompute not
-counted ("full"); "causal" counts half of the second term, what a causal model needs. MFU is of "full". Each run has
-processes of its own: one that runs out of memory is a row. Exit code 0 unless a run failed for another reason.
+counted ("full"); "causal" counts half of the second term, what a causal model needs. MFU is of "full". The overhead is
+the host's time of a step outside of DeepSpeed's forward, backward and step, and "data" what of it is the wait for data;
+the device notices neither while it has work. Each run has processes of its own: one that runs out of memory is a row.
+Exit code 0 unless a run failed for another reason.
 """
 
 from __future__ import annotations
@@ -64,6 +66,8 @@ COLUMNS = (
     ("GiB peak", "allocated_gib", ".2f"),
     ("predicted", "predicted_gib", ".2f"),
     ("reserved", "reserved_gib", ".2f"),
+    ("overhead ms", "overhead_ms_per_step", ".2f"),
+    ("data ms", "data_ms_per_step", ".2f"),
 )
 
 

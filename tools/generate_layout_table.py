@@ -39,7 +39,10 @@ BUDGET: dict[str, Flags] = {"products": {"recompute_budget_gib": "1"}}
 FEATURES: dict[str, Flags] = {
     "tensor": {"tensor_model_parallel_size": "2"},
     "sequence": {"tensor_model_parallel_size": "2", "sequence_parallel": None},
-    "overlap": {"tensor_model_parallel_size": "2", "sequence_parallel": None, "tp_comm_overlap": "messages"},
+    "halves": {
+        **{"tensor_model_parallel_size": "2", "sequence_parallel": None},
+        **{"tp_comm_overlap": "halves", "micro_batch_size": "2"},
+    },
     "Ulysses": {"ds_sequence_parallel_size": "2"},
     "pipeline": {"pipeline_model_parallel_size": "2"},
     **{f"ZeRO {stage}": {"zero_stage": str(stage)} for stage in range(4)},

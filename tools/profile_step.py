@@ -8,7 +8,8 @@ Flags of its own come before or between the others:
   --json FILE     write everything that was measured
 
 Work is grouped by kind: matrix products, attention, norms, activation, heads with rotary, dropout and residual sum,
-cross entropy, embedding, optimizer, gradient norm, gradient sums with casts and copies, collectives; the rest is idle.
+cross entropy, embedding, optimizer, gradient norm, gradient sums with casts and copies, collectives, kernels compiled
+by torch, other ones; what no kernel covers is idle.
 On several ranks the first one's table is shown. On a CPU the groups are those of torch's operations.
 """
 

@@ -59,15 +59,6 @@ def fp8_takes_mlps_whole(kernels: KernelsConfig) -> Iterator[str]:
         )
 
 
-def fp8_takes_tensors_whole(kernels: KernelsConfig, parallel: ParallelConfig) -> Iterator[str]:
-    """A scale is that of a whole tensor, which pieces that travel are not."""
-    if kernels.fp8 and parallel.tp_comm_overlap != "none":
-        yield (
-            f"--fp8 with --tp-comm-overlap {parallel.tp_comm_overlap}: products in 8 bits are not computed in pieces; "
-            f"leave one or the other out."
-        )
-
-
 def fp8_is_not_compiled(kernels: KernelsConfig) -> Iterator[str]:
     """What a step keeps of its weights in 8 bits is no part of a graph."""
     if kernels.fp8 and kernels.compile:

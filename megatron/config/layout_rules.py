@@ -97,12 +97,30 @@ def ranks_divide_the_sequence(parallel: ParallelConfig, data: DataConfig) -> Ite
         )
 
 
-def overlap_carries_shards_of_the_sequence(parallel: ParallelConfig) -> Iterator[str]:
-    """What is to be carried beside products are shards of the sequence."""
-    if parallel.tp_comm_overlap != "none" and not parallel.sequence_parallel:
+def halves_trade_shards_of_the_sequence(parallel: ParallelConfig) -> Iterator[str]:
+    """What travels beside the other half are shards of the sequence."""
+    if parallel.tp_comm_overlap == "halves" and not parallel.sequence_parallel:
         yield (
-            f"--tp-comm-overlap {parallel.tp_comm_overlap} carries shards of the sequence between tensor ranks, which "
-            f"hold some with --sequence-parallel only: add that, or use --tp-comm-overlap none."
+            "--tp-comm-overlap halves computes while shards of the sequence travel between tensor ranks, which hold "
+            "some with --sequence-parallel only: add that, or use --tp-comm-overlap none."
+        )
+
+
+def halves_are_equal(parallel: ParallelConfig, training: TrainingConfig) -> Iterator[str]:
+    """A micro-batch has two halves of whole samples."""
+    if parallel.tp_comm_overlap == "halves" and training.micro_batch_size % 2:
+        yield (
+            f"--tp-comm-overlap halves cuts a micro-batch in two, and --micro-batch-size {training.micro_batch_size} "
+            f"is odd: use {training.micro_batch_size + 1}, or --tp-comm-overlap none."
+        )
+
+
+def halves_find_all_weights(parallel: ParallelConfig, engine: EngineConfig) -> Iterator[str]:
+    """Two halves are in different blocks at times, of which ZeRO-3 gathers one after the other."""
+    if parallel.tp_comm_overlap == "halves" and engine.zero_stage == 3:
+        yield (
+            "--tp-comm-overlap halves with --zero-stage 3: the halves are in two blocks at a time, and weights are "
+            "gathered for one; use --zero-stage 1 or 2, or --tp-comm-overlap none."
         )
 
 

@@ -27,9 +27,9 @@ class ParallelConfig:
     )
     tp_comm_overlap: str = flag(
         "none",
-        choices=("none", "messages"),
-        help="what carries shards of the sequence between tensor ranks while the products that need or make them run: "
-        "messages of NCCL or gloo; none: collectives before and after the products",
+        choices=("none", "halves"),
+        help="what computes while shards of the sequence travel between tensor ranks: the other half of the "
+        "micro-batch; none: nothing in forward, and products of the same layer in backward",
     )
     distributed_timeout_minutes: float = flag(
         10.0, range=POSITIVE, help="minutes a rank waits for the others before it gives up"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,20 @@ class Batch:
     attention_mask: Tensor | None = None
     document_ids: Tensor | None = None
 
+    def __reduce__(self) -> tuple[Callable[..., Batch], tuple[dict[str, Any]]]:
+        """Travel between processes as bytes.
+
+        Of a tensor torch would send a handle of its memory, by a socket and with a handshake, which takes longer than
+        what most of them hold. A mask of s x s is large, and goes that way.
+        """
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        sent = {
+            name: tensor if name == "attention_mask" else tensor.numpy()
+            for name, tensor in tensors.items()
+            if tensor is not None
+        }
+        return _received, (sent,)
+
     def to(self, device: torch.device | str) -> Batch:
         """Move to a device, without waiting for the copy where the batch is in pinned memory."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -47,6 +62,10 @@ class Batch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: function(tensor) for name, tensor in tensors.items() if tensor is not None})
+
+
+def _received(sent: dict[str, Any]) -> Batch:
+    return Batch(**{name: torch.as_tensor(value) for name, value in sent.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

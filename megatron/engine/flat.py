@@ -34,6 +34,7 @@ from megatron.engine.gradient_sum import sum_in_one_pass
 from megatron.engine.interface import Engine, MicroBatch, StepResult
 from megatron.engine.launch import quiet_stdout
 from megatron.engine.mpu import DeepSpeedGroups
+from megatron.engine.stopwatch import Stopwatch
 from megatron.engine.zero import prepare_zero, restore_globals
 from megatron.parallel.collectives import reduce_from_group
 from megatron.parallel.groups import ParallelGroups
@@ -125,15 +126,25 @@ class FlatEngine:
         weight = (self._replicas.size / tokens).float()
         loss_scale = self._loss_scale
         loss_sum = torch.zeros((), device=self.device)
+        inner = Stopwatch()
         for index, micro_batch in enumerate(micro_batches):
-            # Said by hand, since DeepSpeed counts with the batch size it was built with, and that may grow.
-            self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss = self._forward(micro_batch)
-            self._engine.backward(loss * weight, scale_wrt_gas=False)
+            batch = micro_batch.to(self.device)
+            with inner:
+                # Said by hand, since DeepSpeed counts with the batch size it was built with, and that may grow.
+                self._engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+                loss = self._forward(batch)
+                self._engine.backward(loss * weight, scale_wrt_gas=False)
             loss_sum += loss.detach()
-        grad_norm, skipped = self._step() if self._sharded else self._step_unsharded()
+        with inner:
+            grad_norm, skipped = self._step() if self._sharded else self._step_unsharded()
         self._sum_over_replicas(loss_sum)
-        return StepResult(loss=loss_sum / tokens.float(), grad_norm=grad_norm, skipped=skipped, loss_scale=loss_scale)
+        return StepResult(
+            loss=loss_sum / tokens.float(),
+            grad_norm=grad_norm,
+            skipped=skipped,
+            loss_scale=loss_scale,
+            inner_seconds=inner.seconds,
+        )
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
         """See `Engine.evaluate`."""
@@ -142,7 +153,7 @@ class FlatEngine:
         try:
             with torch.no_grad():
                 for micro_batch in micro_batches:
-                    loss_sum += self._forward(micro_batch)
+                    loss_sum += self._forward(micro_batch.to(self.device))
         finally:
             self._engine.train()
         self._sum_over_replicas(loss_sum)
@@ -203,8 +214,7 @@ class FlatEngine:
             group["lr"] = learning_rate * group.get("lr_mult", 1.0)
             group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
 
-    def _forward(self, micro_batch: MicroBatch) -> Tensor:
-        batch = micro_batch.to(self.device)
+    def _forward(self, batch: MicroBatch) -> Tensor:
         loss: Tensor = self._engine(
             batch.tokens,
             labels=batch.labels,
@@ -221,10 +231,10 @@ class FlatEngine:
         masks = [micro_batch.loss_mask for micro_batch in micro_batches]
         if all(mask is None for mask in masks):  # then every rank holds as many, and none need be asked
             total += self._replicas.size * sum(micro_batch.labels.numel() for micro_batch in micro_batches)
-            return total.to(self.device)
+            return total.to(self.device, non_blocking=True)  # else the host waits for the step before to end
         for micro_batch, mask in zip(micro_batches, masks, strict=True):
             total = total + (micro_batch.labels.numel() if mask is None else mask.sum(dtype=torch.float64))
-        total = total.to(self.device)
+        total = total.to(self.device, non_blocking=True)
         self._sum_over_replicas(total)
         return total
 

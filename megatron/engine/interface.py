@@ -40,7 +40,7 @@ class MicroBatch(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one optimizer step came to, the same on every rank.
+    """What one optimizer step came to, the same on every rank but for the time.
 
     Attributes:
         loss: 0-d fp32 tensor on the engine's device, the mean over the step's unmasked tokens of all ranks. Reading it
@@ -50,12 +50,14 @@ class StepResult:
         skipped: a gradient was not finite (under fp16: the loss scale was too large), so that parameters and optimizer
             state are unchanged, bit for bit.
         loss_scale: what the loss was multiplied with in this step; 1.0 outside fp16.
+        inner_seconds: of this rank's host in DeepSpeed's forward, backward and step, waiting for the device included.
     """
 
     loss: Tensor
     grad_norm: Tensor
     skipped: bool
     loss_scale: float
+    inner_seconds: float = 0.0
 
 
 class Engine(Protocol):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from megatron.engine.flat import FlatEngine, initialize
 from megatron.engine.interface import Engine, MicroBatch, StepResult
 from megatron.engine.launch import quiet_stdout
+from megatron.engine.stopwatch import Stopwatch
 from megatron.model.gpt import GPT, TIED_EMBEDDING
 from megatron.parallel.groups import ParallelGroups
 from megatron.parallel.partition import stage_parts
@@ -199,8 +200,15 @@ class PipelinedEngine(FlatEngine):
         self._deliver(micro_batches, (count * self._replicas.size / tokens).float())
         engine.set_train_batch_size(count * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
         loss_scale = self._loss_scale
-        grad_norm, skipped = self._step()
-        return StepResult(loss=self._loss, grad_norm=grad_norm, skipped=skipped, loss_scale=loss_scale)
+        with Stopwatch() as inner:
+            grad_norm, skipped = self._step()
+        return StepResult(
+            loss=self._loss,
+            grad_norm=grad_norm,
+            skipped=skipped,
+            loss_scale=loss_scale,
+            inner_seconds=inner.seconds,
+        )
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
         """See `Engine.evaluate`. All micro-batches of a call have one shape.

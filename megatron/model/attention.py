@@ -17,8 +17,9 @@ from megatron.kernels.choice import PLAIN, Kernels
 from megatron.model.context import Context
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
+from megatron.parallel.collectives import Gathering
 from megatron.parallel.groups import Group
-from megatron.parallel.linear import RowParallelLinear
+from megatron.parallel.linear import RowOutput, RowParallelLinear
 from megatron.parallel.qkv import QueryKeyValueLinear
 from megatron.parallel.random import rank_stream
 
@@ -88,12 +89,24 @@ class Attention(nn.Module):
 
         Without the bias, that of the last product is left to the caller.
         """
-        query_sbnd, key_sbkd, value_sbkd = self._heads(hidden, context)
+        return self.attend_to(self.project(self.gather(hidden)), context, with_bias=with_bias).wait()
+
+    def gather(self, hidden: Tensor) -> Tensor | Gathering:
+        """Start to bring together what `project` takes."""
+        return self.qkv.gather(hidden)
+
+    def project(self, hidden: Tensor | Gathering) -> Tensor:
+        """Make queries, keys and values in one product, as `attend_to` takes them."""
+        return self.qkv.product(hidden)
+
+    def attend_to(self, product: Tensor, context: Context, *, with_bias: bool = True) -> RowOutput:
+        """Do the rest of `forward` but for the end of the sum over the ranks."""
+        query_sbnd, key_sbkd, value_sbkd = self._heads(product, context)
         if context.cache is not None:
             key_sbkd, value_sbkd = context.cache.append(self.layer, key_sbkd, value_sbkd)
         dropout = self.dropout if self.training else 0.0
         # Tensor ranks hold different heads, so each drops weights of its own.
-        with rank_stream(self.group, hidden.device) if dropout else nullcontext():
+        with rank_stream(self.group, product.device) if dropout else nullcontext():
             attended_sbnd = self.attend(
                 query_sbnd,
                 key_sbkd,
@@ -106,20 +119,17 @@ class Attention(nn.Module):
                 window=self.window if context.attention_mask is None else 0,
                 softcap=self.softcap,
             )
-        product = self.output if with_bias else self.output.product
-        result: Tensor = product(attended_sbnd.flatten(2))
-        return result
+        return self.output.start(attended_sbnd.flatten(2), with_bias=with_bias)
 
-    def _heads(self, hidden: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, product: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """Make query [s, b, n, d], key and value [s, b, k, d], at their positions."""
         where = (context.offset, context.position_ids)
         if self.rotary is not None and self.query_norm is None and self.qkv.is_grouped:
-            return self.rotary.split(self.qkv.product(hidden), self.qkv.key_value_heads, self.head_size, *where)
+            return self.rotary.split(product, self.qkv.key_value_heads, self.head_size, *where)
         if self.qkv.is_grouped:
-            product = self.qkv.product(hidden)
             query_sbnd, key_sbkd, value_sbkd = self.split_heads(product, self.qkv.key_value_heads, self.head_size)
         else:
-            query_sbnd, key_sbkd, value_sbkd = self.qkv(hidden)
+            query_sbnd, key_sbkd, value_sbkd = self.qkv.heads(product)
         if self.query_norm is not None and self.key_norm is not None:
             query_sbnd, key_sbkd = self.query_norm(query_sbnd), self.key_norm(key_sbkd)
         if self.rotary is not None:

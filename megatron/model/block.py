@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,6 +16,10 @@ from megatron.model.mlp import MLP
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
 from megatron.parallel.groups import Group
+from megatron.parallel.linear import RowOutput
+
+Turn = Callable[[Tensor, Any, Context], tuple[Tensor, Any]]
+"""Takes a residual stream and what branches off from it one turn further."""
 
 
 class Block(nn.Module):
@@ -56,13 +61,41 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """[s, b, h] to [s, b, h], in the dtype of the residual stream."""
+        branch: Any = None
+        for turn in self.turns:
+            hidden, branch = turn(hidden, branch, context)
+        return self.leave(hidden, branch)
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The work of a block but for `leave`, in order, cut where it would wait for other ranks."""
+        return (self._enter_attention, self._project, self._attend, self._enter_mlp, self._expand, self._contract)
+
+    def leave(self, hidden: Tensor, added: RowOutput) -> Tensor:
+        """Add what the last turn has started to sum over the ranks to the residual stream."""
+        return self.dropout(added.wait(), hidden, self.mlp.down.own_bias if self.dropout.adds_bias else None)
+
+    def _enter_attention(self, hidden: Tensor, _: None, context: Context) -> tuple[Tensor, Any]:
         hidden, normed = self.attention_norm.of_stream(hidden)
-        with_bias = not self.dropout.adds_bias
-        attended = self.attention(normed, context, with_bias=with_bias)
+        return hidden, self.attention.gather(normed)
+
+    def _project(self, hidden: Tensor, normed: Any, context: Context) -> tuple[Tensor, Any]:
+        return hidden, self.attention.project(normed)
+
+    def _attend(self, hidden: Tensor, product: Any, context: Context) -> tuple[Tensor, Any]:
+        return hidden, self.attention.attend_to(product, context, with_bias=not self.dropout.adds_bias)
+
+    def _enter_mlp(self, hidden: Tensor, attended: Any, context: Context) -> tuple[Tensor, Any]:
         if self.dropout.is_idle:  # then the sum and its norm are one operation
-            hidden, normed = self.mlp_norm.add(hidden, attended)
+            hidden, normed = self.mlp_norm.add(hidden, attended.wait())
         else:
-            hidden = self.dropout(attended, hidden, None if with_bias else self.attention.output.own_bias)
+            bias = self.attention.output.own_bias if self.dropout.adds_bias else None
+            hidden = self.dropout(attended.wait(), hidden, bias)
             normed = self.mlp_norm(hidden)
-        added = self.mlp(normed, with_bias=with_bias)
-        return self.dropout(added, hidden, None if with_bias else self.mlp.down.own_bias)
+        return hidden, self.mlp.gather(normed)
+
+    def _expand(self, hidden: Tensor, normed: Any, context: Context) -> tuple[Tensor, Any]:
+        return hidden, self.mlp.expand(normed)
+
+    def _contract(self, hidden: Tensor, inner: Any, context: Context) -> tuple[Tensor, Any]:
+        return hidden, self.mlp.contract(inner, with_bias=not self.dropout.adds_bias)

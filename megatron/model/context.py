@@ -58,6 +58,8 @@ class Context:
     cache: KeyValueCache | None = None
     first_position: int = 0
     """Position of the first token, where this rank has a later shard of the sequence."""
+    halves: tuple[Context, Context] | None = None
+    """Where blocks take the micro-batch in two halves: what each of them may read."""
     head_loss: Callable[[Tensor, Tensor], Tensor] | None = None
     """Computes the loss from the output head's input and weight, which then gives no logits; None: it gives them."""
 

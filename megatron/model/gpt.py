@@ -21,6 +21,7 @@ from megatron.kernels.choice import PLAIN, Kernels
 from megatron.model.block import Block
 from megatron.model.context import Context, KeyValueCache
 from megatron.model.embedding import Positions, WordEmbedding
+from megatron.model.halves import run_in_halves
 from megatron.model.head import OutputHead, TiedOutputHead
 from megatron.model.loss import chunked_masked_loss, masked_loss
 from megatron.model.norm import Norm
@@ -50,6 +51,8 @@ class GPT(nn.Module):
         recompute_policy: which activations backward computes again instead of finding them kept.
         loss_chunk_size: tokens whose logits exist at a time where the loss is computed; 0: all of them.
         mlp_chunk_size: tokens for which the inside of an MLP exists at a time; 0: all of them.
+        in_halves: whether blocks take a micro-batch in two halves, one of which computes while shards of the other
+            travel (`halves.py`); an uneven one, or one with a cache, they take whole.
         kernels: what computes norms, activations and the like.
     """
 
@@ -64,6 +67,7 @@ class GPT(nn.Module):
         recompute_policy: RecomputePolicy = NONE,
         loss_chunk_size: int = 0,
         mlp_chunk_size: int = 0,
+        in_halves: bool = False,
         kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
@@ -77,6 +81,7 @@ class GPT(nn.Module):
         self.recompute_policy = recompute_policy
         self.loss_chunk_size = loss_chunk_size
         self.mlp_chunk_size = mlp_chunk_size
+        self.in_halves = in_halves
         self.tied_modules = nn.ModuleDict()
         self._stage_names: list[str] = []
         for index, stage in enumerate(self._build_stages()):
@@ -180,13 +185,23 @@ class GPT(nn.Module):
         self.require("mask", attention_mask is not None)
         self.require("cache", cache is not None)
         self.require("documents", document_ids is not None)
-        return Context(
-            position_ids=position_ids,
-            attention_mask=None if attention_mask is None else and_causal(attention_mask, self.config.attention_window),
-            documents=None if document_ids is None else self.attention.prepare_documents(document_ids),
-            cache=cache,
-            first_position=self.groups.ulysses.rank * tokens.shape[1],
+        first_position = self.groups.ulysses.rank * tokens.shape[1]
+        whole = Context(position_ids=position_ids, cache=cache, first_position=first_position)
+        if not self.in_halves or cache is not None or tokens.shape[0] % 2:
+            return self._with_masks(whole, attention_mask, document_ids)
+        first, second = (
+            self._with_masks(replace(whole, position_ids=positions), mask, ids)
+            for positions, mask, ids in zip(*map(_cut, (position_ids, attention_mask, document_ids)), strict=True)
         )
+        return replace(whole, halves=(first, second))
+
+    def _with_masks(self, context: Context, attention_mask: Tensor | None, document_ids: Tensor | None) -> Context:
+        """Add what only blocks read."""
+        if attention_mask is not None:
+            context = replace(context, attention_mask=and_causal(attention_mask, self.config.attention_window))
+        if document_ids is not None:
+            context = replace(context, documents=self.attention.prepare_documents(document_ids))
+        return context
 
     def loss(self, logits: Tensor, labels: Tensor, loss_mask: Tensor | None = None) -> Tensor:
         """Sum the token losses of logits [s, b, v/t]; labels and mask are those of `forward`."""
@@ -236,13 +251,14 @@ class GPT(nn.Module):
             part: consecutive indices of stages.
         """
         stages, blocks = self.stages(), self.blocks_in(part)
+        run_blocks = run_stages if context.halves is None else partial(run_in_halves, group=self.groups.tensor)
         x = run_stages(stages[part.start : blocks.start], x, context)
         for unit in self.recompute_policy.units(len(blocks)):
             members = stages[blocks.start + unit.first : blocks.start + unit.end]
             if unit.is_recomputed:
-                x = recompute(run_stages, members, x, context, policy=self.recompute_policy)
+                x = recompute(run_blocks, members, x, context, policy=self.recompute_policy)
             else:
-                x = run_stages(members, x, context)
+                x = run_blocks(members, x, context)
         return run_stages(stages[blocks.stop : part.stop], x, context)
 
     def compile_blocks(self) -> None:
@@ -291,3 +307,8 @@ def run_stages(stages: Sequence[nn.Module], x: Tensor, context: Context) -> Tens
 def padded_vocab_size(vocab_size: int, divisor: int) -> int:
     """Return the next multiple of `divisor`: a size that does not depend on the layout."""
     return -(-vocab_size // divisor) * divisor
+
+
+def _cut(batch: Tensor | None) -> Sequence[Tensor | None]:
+    """Cut a tensor [b, ...] into two halves."""
+    return (None, None) if batch is None else batch.chunk(2)

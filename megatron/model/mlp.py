@@ -10,8 +10,9 @@ from megatron.config.model import ModelConfig
 from megatron.kernels.choice import PLAIN, Kernels
 from megatron.parallel.chunked_mlp import Activation, chunked_mlp
 from megatron.parallel.chunks import SequenceChunks
+from megatron.parallel.collectives import Gathering, Scattering
 from megatron.parallel.groups import Group
-from megatron.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megatron.parallel.linear import ColumnParallelLinear, RowOutput, RowParallelLinear
 
 
 class MLP(nn.Module):
@@ -45,18 +46,26 @@ class MLP(nn.Module):
 
         Without the bias, that of the last product is left to the caller.
         """
-        if self.chunks is not None:
-            return self._in_chunks(hidden, self.chunks, self.down.own_bias if with_bias else None)
-        if self.activation_adds_bias:
-            inner = self.activation(self.up.product(hidden), self.up.bias)
-        else:
-            inner = self.activation(self.up(hidden))
-        product = self.down if with_bias else self.down.product
-        result: Tensor = product(inner)
-        return result
+        return self.contract(self.expand(self.gather(hidden)), with_bias=with_bias).wait()
 
-    def _in_chunks(self, hidden: Tensor, chunks: SequenceChunks, bias: Tensor | None) -> Tensor:
+    def gather(self, hidden: Tensor) -> Tensor | Gathering:
+        """Start to bring together what `expand` takes."""
+        return hidden if self.chunks is not None else self.up.gather(hidden)
+
+    def expand(self, hidden: Tensor | Gathering) -> Tensor:
+        """Make the first product, as `contract` takes it; in chunks it is made there."""
+        if self.chunks is not None and isinstance(hidden, Tensor):
+            return hidden
+        return self.up.product(hidden, None if self.activation_adds_bias else self.up.bias)
+
+    def contract(self, inner: Tensor, *, with_bias: bool = True) -> RowOutput:
+        """Do the rest of `forward` but for the end of the sum over the ranks."""
+        if self.chunks is not None:
+            return RowOutput(Scattering(self._in_chunks(inner, self.chunks)), self.down.own_bias if with_bias else None)
+        inner = self.activation(inner, self.up.bias) if self.activation_adds_bias else self.activation(inner)
+        return self.down.start(inner, with_bias=with_bias)
+
+    def _in_chunks(self, hidden: Tensor, chunks: SequenceChunks) -> Tensor:
         activation = Activation(function=self.activation, adds_bias=self.activation_adds_bias)
         up, down = self.up, self.down
-        result = chunked_mlp(hidden, up.weight, up.bias, down.weight, activation=activation, chunks=chunks)
-        return result if bias is None else result + bias
+        return chunked_mlp(hidden, up.weight, up.bias, down.weight, activation=activation, chunks=chunks)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from megatron.config.model import ModelConfig
 from megatron.kernels.choice import PLAIN, Kernels
 from megatron.model.context import Context
-from megatron.parallel.collectives import sum_gradient
+from megatron.parallel.gradient_sums import SumsGradients
 from megatron.parallel.groups import Group
 from megatron.parallel.sharding import mark_init
 
 
-class Norm(nn.Module):
+class Norm(SumsGradients):
     """Norm over the last dim, of `size` channels; the result has the weight's dtype.
 
     Args:
@@ -43,22 +43,32 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """Normalise [..., size]."""
-        normed: Tensor = self.kernels.norm(x, *self._parameters_of_sum(), **self._settings())
+        normed: Tensor = self.kernels.norm(x, *self._weight_and_bias(), **self._settings())
         return normed
 
     def of_stream(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalise a residual stream [..., size]; return the stream, to be used from here on, and its norm."""
-        stream, normed = self.kernels.stream_norm(x, *self._parameters_of_sum(), **self._settings())
+        stream, normed = self.kernels.stream_norm(x, *self._weight_and_bias(), **self._settings())
         return stream, normed
 
     def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Add `delta` to a residual stream [..., size]; return the sum and its norm."""
-        stream, normed = self.kernels.add_norm(x, delta, *self._parameters_of_sum(), **self._settings())
+        stream, normed = self.kernels.add_norm(x, delta, *self._weight_and_bias(), **self._settings())
         return stream, normed
 
-    def _parameters_of_sum(self) -> tuple[Tensor, Tensor | None]:
-        bias = None if self.bias is None else sum_gradient(self.bias, self.shards)
-        return sum_gradient(self.weight, self.shards), bias
+    @property
+    def summed_parameters(self) -> tuple[nn.Parameter, ...]:
+        """Weight and bias."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def summing_group(self) -> Group:
+        """The ranks that each apply the norm to their part of the activations."""
+        return self.shards
+
+    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        weight, *bias = self.read()
+        return weight, bias[0] if bias else None
 
     def _settings(self) -> dict[str, Any]:
         return {"epsilon": self.epsilon, "weight_offset": self.weight_offset, "centred": self.centred}

@@ -6,7 +6,7 @@ Legend: s sequence, b micro-batch, t tensor ranks, u Ulysses ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron.config.model import ModelConfig
@@ -26,8 +26,7 @@ class UnitShape:
         tokens: b x s / u, the rows of each product of a weight, with sequence parallelism as without.
         seq_length: s.
         tensor_size: t.
-        summed_shards: ranks over which the result of a row-parallel product is divided where recompute sees it: t when
-            the product is overlapped with the sum over ranks, else 1, that of the summand before it.
+        parts: into how many equal parts blocks cut the micro-batch, each with products of its own.
         itemsize: bytes of an element.
         keys: that a fused kernel's FLOPs are of, of each query on average; None: half of the sequence, as causality
             leaves.
@@ -39,7 +38,7 @@ class UnitShape:
     tokens: int
     seq_length: int
     tensor_size: int = 1
-    summed_shards: int = 1
+    parts: int = 1
     itemsize: int = 2
     keys: float | None = None
     mlp_chunk: int = 0
@@ -57,7 +56,7 @@ def kept_products(config: ModelConfig, shape: UnitShape, num_blocks: int, budget
     """Choose from them what the policy "products" keeps, once it knows how far recompute goes."""
     products = unit_products(config, shape, num_blocks)
     budget = ProductBudget(budget_bytes)
-    of_last_mlp = 2 * len(_chunks(shape)) if shape.mlp_chunk else 1
+    of_last_mlp = 2 * len(_chunks(_part(shape))) if shape.mlp_chunk else 1
     budget.note_reach(len(products), len(products) - (of_last_mlp if config.hidden_dropout == 0 else 0))
     return budget.choose(products, len(products))
 
@@ -75,8 +74,9 @@ def recomputed_flops_per_token(
 
     The second pass over a unit of blocks ends as soon as backward has all it needs. Only dropout needs the output of
     the unit's last product; without it that product is not run again, nor any of an MLP in chunks, whose own backward
-    runs its first product again in any case. Under "selective" the whole core of attention is counted, as a fused
-    kernel repeats it; one that is written out ends before its second product.
+    runs its first product again in any case. Where blocks cut the micro-batch, that spares the last part alone. Under
+    "selective" the whole core of attention is counted, as a fused kernel repeats it; one that is written out ends
+    before its second product.
 
     Args:
         config: the architecture.
@@ -96,7 +96,7 @@ def recomputed_flops_per_token(
     units = [unit.end - unit.first for unit in policy.units(num_blocks) if unit.is_recomputed]
     flops = sum(units) * (2 * block_parameters(config) + core) + of_chunks
     if config.hidden_dropout == 0:
-        flops -= len(units) * (up + down if in_chunks else down)
+        flops -= len(units) * (up + down if in_chunks else down) / (1 if shape is None else shape.parts)
     if shape is not None and policy.budget_bytes:
         kept = [kept_products(config, shape, size, policy.budget_bytes) for size in units]
         flops -= sum(_flops_per_token(product, shape, core) for unit in kept for product in unit.values())
@@ -111,23 +111,35 @@ def _flops_per_token(product: Product, shape: UnitShape, core: float) -> float:
     return product.flops * shape.tensor_size / shape.tokens
 
 
+def _part(shape: UnitShape) -> UnitShape:
+    """Give the sizes of one part of the micro-batch."""
+    return replace(shape, tokens=shape.tokens // shape.parts, parts=1)
+
+
 def _block_products(config: ModelConfig, shape: UnitShape) -> Iterator[Product]:
-    tensor, hidden = shape.tensor_size, config.hidden_size
-    heads = config.num_attention_heads * config.kv_channels // tensor
-    key_value = 2 * config.num_key_value_heads * config.kv_channels // tensor
-    inner = config.ffn_hidden_size // tensor
+    for products in (_products_of_attention, _products_of_mlp):  # all parts take turns in each
+        for _ in range(shape.parts):
+            yield from products(config, _part(shape))
 
-    def product(name: str, in_features: int, out_features: int, tokens: int = shape.tokens, shards: int = 1) -> Product:
-        elements = tokens * out_features
-        return Product(name, 2 * elements * in_features, elements // shards * shape.itemsize)
 
-    yield product("qkv", hidden, heads + key_value)
-    yield from _attention_products(config, shape)
-    yield product("attention output", heads, hidden, shards=shape.summed_shards)
-    down_shards = 1 if shape.mlp_chunk else shape.summed_shards  # chunks are summed by collectives
+def _product(name: str, shape: UnitShape, tokens: int, in_features: int, out_features: int) -> Product:
+    elements = tokens * out_features
+    return Product(name, 2 * elements * in_features, elements * shape.itemsize)
+
+
+def _products_of_attention(config: ModelConfig, shape: UnitShape) -> Iterator[Product]:
+    heads = config.num_attention_heads * config.kv_channels // shape.tensor_size
+    key_value = 2 * config.num_key_value_heads * config.kv_channels // shape.tensor_size
+    yield _product("qkv", shape, shape.tokens, config.hidden_size, heads + key_value)
+    yield from _core_products(config, shape)
+    yield _product("attention output", shape, shape.tokens, heads, config.hidden_size)
+
+
+def _products_of_mlp(config: ModelConfig, shape: UnitShape) -> Iterator[Product]:
+    inner = config.ffn_hidden_size // shape.tensor_size
     for tokens in _chunks(shape):
-        yield product("up", hidden, (2 if config.gated else 1) * inner, tokens)
-        yield product("down", inner, hidden, tokens, down_shards)
+        yield _product("up", shape, tokens, config.hidden_size, (2 if config.gated else 1) * inner)
+        yield _product("down", shape, tokens, inner, config.hidden_size)
 
 
 def _chunks(shape: UnitShape) -> list[int]:
@@ -137,7 +149,7 @@ def _chunks(shape: UnitShape) -> list[int]:
     return [size] * whole + [rest] * (rest > 0)
 
 
-def _attention_products(config: ModelConfig, shape: UnitShape) -> Iterator[Product]:
+def _core_products(config: ModelConfig, shape: UnitShape) -> Iterator[Product]:
     rows = shape.tokens * config.num_attention_heads // shape.tensor_size  # the exchange leaves their number alone
     pairs = rows * shape.seq_length
     flops, output_bytes = 2 * pairs * config.kv_channels, rows * config.kv_channels * shape.itemsize

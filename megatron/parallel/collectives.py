@@ -13,6 +13,9 @@ On a group of one each of them returns its input. Activations are [s, b, h]; dim
 
 The first and third pair move the same data forward and differ in what they take the gradient of a gathered tensor to
 be: complete on every rank (`gather_dim`), or a summand on each (`all_gather_sequence`).
+
+The last one can be had as its start and its end, between which something else may run, in backward as well. Of the
+last but one there is a start, `start_gathering_sequence`, whose end is a product (`linear.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron.parallel.groups import Group
 
@@ -68,6 +71,49 @@ def start_reduce_scatter(summand: Tensor, group: Group) -> Pending:
     return Pending(shard, _reduce_scatter(shard, summand, group=group.handle, async_op=True))
 
 
+class Exchange:
+    """Hands a collective under way from the autograd node that starts it to the one that waits for it.
+
+    Two nodes share one. In backward they swap their parts, and the collective is the conjugate one.
+    """
+
+    __slots__ = ("_pending", "group")
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self._pending: Pending | None = None
+
+    def put(self, pending: Pending) -> Tensor:
+        """Leave a collective; returns its output, which nobody may read before the other node has taken it."""
+        self._pending = pending
+        return pending.output
+
+    def take(self) -> Tensor:
+        """Wait for the collective and return its output, of which nothing stays here."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            raise RuntimeError("a collective is waited for that was not started, or twice")
+        return pending.wait()
+
+
+class Gathering(NamedTuple):
+    """A sequence that is being gathered: for one product, whose gradient comes back to the shard."""
+
+    shard: Tensor
+    exchange: Exchange
+
+
+class Scattering(NamedTuple):
+    """A sum over the group that is under way to its shards; without an exchange it is there."""
+
+    shard: Tensor
+    exchange: Exchange | None = None
+
+    def wait(self) -> Tensor:
+        """Return this rank's shard of the sum."""
+        return self.shard if self.exchange is None else _EndScattering.apply(self.shard, self.exchange)
+
+
 def copy_to_group(tensor: Tensor, group: Group) -> Tensor:
     """Hand a tensor that all ranks have to computations of which each rank does a part."""
     return tensor if group.size == 1 else _Copy.apply(tensor, group)
@@ -76,15 +122,6 @@ def copy_to_group(tensor: Tensor, group: Group) -> Tensor:
 def reduce_from_group(tensor: Tensor, group: Group) -> Tensor:
     """Sum the ranks' tensors; every rank gets the sum."""
     return tensor if group.size == 1 else _Reduce.apply(tensor, group)
-
-
-def sum_gradient(param: nn.Parameter, group: Group) -> Tensor:
-    """Read a replicated parameter that this rank uses on its shard of the activations only.
-
-    Each rank's backward sees the part of the gradient that stems from its shard. Read through here, the parameter
-    receives the sum of all parts on every rank, before any engine, hook or accumulation sees it.
-    """
-    return copy_to_group(param, group)
 
 
 def gather_dim(tensor: Tensor, group: Group, dim: int = -1) -> Tensor:
@@ -112,7 +149,28 @@ def reduce_scatter_sequence(summand: Tensor, group: Group) -> Tensor:
     Raises:
         ValueError: the ranks do not divide the sequence.
     """
-    return summand if group.size == 1 else _ReduceScatterSequence.apply(summand, group)
+    return start_scattering_sequence(summand, group).wait()
+
+
+def start_scattering_sequence(summand: Tensor, group: Group) -> Scattering:
+    """Start `reduce_scatter_sequence`. In backward the gradient is gathered while what came after the start goes on.
+
+    Raises:
+        ValueError: the ranks do not divide the sequence.
+    """
+    if group.size == 1:
+        return Scattering(summand)
+    exchange = Exchange(group)
+    return Scattering(_StartScattering.apply(summand, exchange), exchange)
+
+
+def start_gathering_sequence(shard: Tensor, group: Group) -> Gathering:
+    """Start `all_gather_sequence`, for the product that will take it.
+
+    In backward that product starts to sum the gradient over the group, and this node waits for its shard.
+    """
+    exchange = Exchange(group)
+    return Gathering(_StartGathering.apply(shard, exchange), exchange)
 
 
 class _Copy(torch.autograd.Function):
@@ -167,7 +225,7 @@ class _Split(torch.autograd.Function):
 
 
 class _AllGatherSequence(torch.autograd.Function):
-    """All-gather along dim 0 forward, reduce-scatter backward. Conjugate: `_ReduceScatterSequence`."""
+    """All-gather along dim 0 forward, reduce-scatter backward. Conjugate: `_StartScattering` with `_EndScattering`."""
 
     @staticmethod
     def forward(ctx: Any, shard: Tensor, group: Group) -> Tensor:
@@ -179,17 +237,49 @@ class _AllGatherSequence(torch.autograd.Function):
         return start_reduce_scatter(grad, ctx.group).wait(), None
 
 
-class _ReduceScatterSequence(torch.autograd.Function):
-    """Reduce-scatter along dim 0 forward, all-gather backward. Conjugate: `_AllGatherSequence`."""
+class _StartScattering(torch.autograd.Function):
+    """Start a reduce-scatter along dim 0 forward, wait for an all-gather backward. Conjugate: `_EndScattering`.
+
+    What forward gives may not be read before the end, nor what the end gives in backward before this.
+    """
 
     @staticmethod
-    def forward(ctx: Any, summand: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return start_reduce_scatter(summand, group).wait()
+    def forward(ctx: Any, summand: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.put(start_reduce_scatter(summand, exchange.group))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return start_all_gather(grad, ctx.group).wait(), None
+        return ctx.exchange.take(), None
+
+
+class _EndScattering(torch.autograd.Function):
+    """Wait for a reduce-scatter forward, start an all-gather backward. Conjugate: `_StartScattering`."""
+
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.take()
+        return shard.view_as(shard)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.put(start_all_gather(grad, ctx.exchange.group))
+        return grad, None  # of the shape that autograd expects; the start takes what is gathered
+
+
+class _StartGathering(torch.autograd.Function):
+    """Start an all-gather forward, wait for a reduce-scatter backward, which the product at the other end starts."""
+
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.put(start_all_gather(shard, exchange.group))
+        return shard.view_as(shard)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchange.take(), None
 
 
 def _sum(tensor: Tensor, group: Group) -> Tensor:

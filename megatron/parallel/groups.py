@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron.parallel.mesh import AXES, Mesh
-
-if TYPE_CHECKING:
-    from megatron.parallel.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -23,14 +20,11 @@ class Group:
         ranks: their global ranks, ascending.
         rank: this process's index in `ranks`, not its global rank.
         handle: what `torch.distributed` takes as `group`; None for a group of one, which never communicates.
-        transport: of a tensor group, what carries pieces of activations while products run; None: collectives before
-            and after the products carry them whole.
     """
 
     ranks: tuple[int, ...]
     rank: int
     handle: dist.ProcessGroup | None
-    transport: Transport | None = None
 
     @property
     def size(self) -> int:
@@ -74,7 +68,9 @@ class ParallelGroups:
         return cls(**dict.fromkeys(("world", "replicas", *AXES), Group.alone()))
 
 
-def create_groups(mesh: Mesh, rank: int, timeout: timedelta | None = None) -> ParallelGroups:
+def create_groups(
+    mesh: Mesh, rank: int, timeout: timedelta | None = None, *, tensor_first: bool = False
+) -> ParallelGroups:
     """Make every group of the mesh; all ranks call this together, once.
 
     Args:
@@ -82,6 +78,8 @@ def create_groups(mesh: Mesh, rank: int, timeout: timedelta | None = None) -> Pa
         rank: this process's global rank.
         timeout: how long a rank waits for the others. torch does not hand the default group's value on to new
             groups, so it is to be given here once more.
+        tensor_first: whether a GPU is to begin with collectives of the tensor group before it goes on with kernels that
+            run beside them; these fill it otherwise, and the collective comes last.
 
     Raises:
         ValueError: the mesh and the process group differ in their number of ranks, or the mesh has no such rank.
@@ -95,7 +93,9 @@ def create_groups(mesh: Mesh, rank: int, timeout: timedelta | None = None) -> Pa
     mesh.coordinates(rank)  # refuses a rank outside the mesh
     # Every process makes every group, also those it is not in, and all in the same order: torch pairs them by order.
     world = _create_own(mesh.lines(*AXES), rank, timeout)
-    along = {axis: _create_own(mesh.lines(axis), rank, timeout) for axis in AXES}
+    along = {
+        axis: _create_own(mesh.lines(axis), rank, timeout, first=tensor_first and axis == "tensor") for axis in AXES
+    }
     if 1 in (mesh.data, mesh.ulysses):  # then the plane is the line along the other: no second communicator
         replicas = max(along["data"], along["ulysses"], key=lambda line: line.size)
     else:
@@ -103,19 +103,32 @@ def create_groups(mesh: Mesh, rank: int, timeout: timedelta | None = None) -> Pa
     return ParallelGroups(world=world, replicas=replicas, **along)
 
 
-def _create_own(lines: Sequence[tuple[int, ...]], rank: int, timeout: timedelta | None) -> Group:
+def _create_own(
+    lines: Sequence[tuple[int, ...]], rank: int, timeout: timedelta | None, *, first: bool = False
+) -> Group:
     """Make one group for each line and return the one that `rank` is in."""
     own = Group.alone(rank)
     for ranks in lines:
-        handle = _create_handle(ranks, timeout)
+        handle = _create_handle(ranks, timeout, first)
         if rank in ranks:
             own = Group(ranks=ranks, rank=ranks.index(rank), handle=handle)
     return own
 
 
-def _create_handle(ranks: tuple[int, ...], timeout: timedelta | None) -> dist.ProcessGroup | None:
+def _create_handle(ranks: tuple[int, ...], timeout: timedelta | None, first: bool) -> dist.ProcessGroup | None:
     if len(ranks) == 1:
         return None
-    if len(ranks) == dist.get_world_size():
+    options = _options_of_first(timeout) if first else None
+    if len(ranks) == dist.get_world_size() and options is None:
         return dist.group.WORLD  # one communicator less: its buffers are memory on every GPU
-    return dist.new_group(list(ranks), timeout=timeout)
+    return dist.new_group(list(ranks), timeout=timeout, pg_options=options)
+
+
+def _options_of_first(timeout: timedelta | None) -> Any | None:
+    """Give what makes NCCL use a stream of high priority; gloo has none."""
+    if dist.get_backend() != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if timeout is not None:
+        options._timeout = timeout  # torch sets it in any case, and warns where it was another one
+    return options

@@ -11,29 +11,32 @@ Legend: s sequence, b micro-batch, t ranks of the group. Without sequence parall
 | column | [out/t, in] | [s/t, b, in]   | [s, b, out/t]  |
 | row    | [out, in/t] | [s, b, in/t]   | [s/t, b, out]  |
 
-The column-parallel product of queries, keys and values is in `qkv.py`; `products.py` says what multiplies. With
-sequence parallelism and a transport in the group, products run in pieces beside their collectives:
-`overlapped_linear.py`.
+The column-parallel product of queries, keys and values is in `qkv.py`; `products.py` says what multiplies. The
+collective before a column-parallel product and the one after a row-parallel product can be started first and waited for
+later, so that something else is computed meanwhile.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.parallel.collectives import (
+    Exchange,
+    Gathering,
+    Scattering,
     reduce_from_group,
-    reduce_scatter_sequence,
     start_all_gather,
     start_all_reduce,
+    start_gathering_sequence,
     start_reduce_scatter,
-    sum_gradient,
+    start_scattering_sequence,
 )
+from megatron.parallel.gradient_sums import SumsGradients
 from megatron.parallel.groups import Group
-from megatron.parallel.overlapped_linear import overlapped_column_product, overlapped_row_product
 from megatron.parallel.products import PLAIN, Operand, Products
 from megatron.parallel.sharding import InitKind, divide, mark_init, mark_sharded
 
@@ -90,8 +93,12 @@ class ColumnParallelLinear(nn.Module):
         """Return [s, b, out/t] for an input of [s, b, in], or [s/t, b, in] with sequence parallelism."""
         return self.product(input, self.bias)
 
-    def product(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Do as `forward`, with this bias, or none for a caller that adds it later."""
+    def gather(self, input: Tensor) -> Tensor | Gathering:
+        """Start to bring together what `product` multiplies."""
+        return gathered_input(input, self.group, sequence_parallel=self.sequence_parallel)
+
+    def product(self, input: Tensor | Gathering, bias: Tensor | None = None) -> Tensor:
+        """Do as `forward`, with this bias, or none for a caller that adds it later, also for what `gather` started."""
         return column_parallel_product(
             input,
             self.weight,
@@ -102,7 +109,7 @@ class ColumnParallelLinear(nn.Module):
         )
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(SumsGradients):
     """Product whose input features are divided over the ranks of a group.
 
     Parameters are empty until initialised (`mark_init`).
@@ -144,23 +151,49 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [s, b, out], or [s/t, b, out] with sequence parallelism, for an input of [s, b, in/t]."""
-        if self.group.size == 1:
-            return linear(input, self.weight, self.bias, products=self.products)
-        output, bias = self.product(input), self.own_bias
-        return output if bias is None else output + bias
+        return self.start(input).wait()
 
-    def product(self, input: Tensor) -> Tensor:
-        """Do as `forward`, without the bias, for a caller that adds `own_bias` later."""
-        if self.sequence_parallel and self.group.transport is not None and self.products is PLAIN:
-            return overlapped_row_product(input, self.weight, self.group.transport)
+    def start(self, input: Tensor, *, with_bias: bool = True) -> RowOutput:
+        """Do as `forward`, up to the start of the sum over the ranks.
+
+        Without the bias, it is left to the caller to add `own_bias`.
+        """
+        if self.group.size == 1:
+            bias = self.bias if with_bias else None
+            return RowOutput(Scattering(linear(input, self.weight, bias, products=self.products)))
         summand = linear(input, self.weight, products=self.products)
-        reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from_group
-        return reduce(summand, self.group)
+        if self.sequence_parallel:
+            scattering = start_scattering_sequence(summand, self.group)
+        else:
+            scattering = Scattering(reduce_from_group(summand, self.group))
+        return RowOutput(scattering, self.own_bias if with_bias else None)
 
     @property
     def own_bias(self) -> Tensor | None:
         """The bias as it must be read: where ranks have shards of the output, its gradient is summed over them."""
-        return sum_gradient(self.bias, self.group) if self.bias is not None and self.sequence_parallel else self.bias
+        return self.read()[0] if self.summed_parameters else self.bias
+
+    @property
+    def summed_parameters(self) -> tuple[nn.Parameter, ...]:
+        """The bias, where ranks add it to shards of the output."""
+        return (self.bias,) if self.bias is not None and self.sequence_parallel else ()
+
+    @property
+    def summing_group(self) -> Group:
+        """The tensor group."""
+        return self.group
+
+
+class RowOutput(NamedTuple):
+    """The output of a row-parallel product whose sum over the ranks is under way, and the bias to be added to it."""
+
+    scattering: Scattering
+    bias: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """Return [s, b, out], or [s/t, b, out] with sequence parallelism."""
+        output = self.scattering.wait()
+        return output if self.bias is None else output + self.bias
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, products: Products = PLAIN) -> Tensor:
@@ -170,8 +203,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, product
     return column_parallel_product(input, weight, bias, group=Group.alone(), products=products)
 
 
+def gathered_input(input: Tensor, group: Group, *, sequence_parallel: bool) -> Tensor | Gathering:
+    """Start to gather the input of `column_parallel_product` where it is a shard of the sequence."""
+    return start_gathering_sequence(input, group) if sequence_parallel and group.size > 1 else input
+
+
 def column_parallel_product(
-    input: Tensor,
+    input: Tensor | Gathering,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
@@ -182,7 +220,8 @@ def column_parallel_product(
     """Multiply by a weight whose rows are divided over the group, e.g. the tied embedding as the output head.
 
     Args:
-        input: [s, b, in] the same on all ranks, or this rank's shard [s/t, b, in] with sequence parallelism.
+        input: [s, b, in] the same on all ranks, or this rank's shard [s/t, b, in] with sequence parallelism; or what
+            `gathered_input` made of it.
         weight: this rank's rows, [out/t, in].
         bias: this rank's part, [out/t].
         group: the ranks that share the rows.
@@ -192,21 +231,23 @@ def column_parallel_product(
     Returns:
         [s, b, out/t].
     """
+    if isinstance(input, Tensor):
+        input = gathered_input(input, group, sequence_parallel=sequence_parallel)
+    if isinstance(input, Gathering):
+        return _ColumnProduct.apply(input.shard, weight, bias, group, input.exchange, products, False)
     if group.size == 1 and products is PLAIN:
         return F.linear(input, weight, bias)
-    if sequence_parallel and group.transport is not None and products is PLAIN:
-        return overlapped_column_product(input, weight, bias, group.transport)
-    keeps = torch.is_grad_enabled()
-    return _ColumnProduct.apply(input, weight, bias, group, sequence_parallel and group.size > 1, products, keeps)
+    return _ColumnProduct.apply(input, weight, bias, group, None, products, torch.is_grad_enabled())
 
 
 class _ColumnProduct(torch.autograd.Function):
-    """`copy_to_group` or `all_gather_sequence`, then the product, as one function.
+    """`copy_to_group`, or the end of `start_gathering_sequence`, then the product, as one function.
 
     Written apart, autograd would keep the gathered input for the weight's gradient, t times the shard, and would wait
     for the collective of the input's gradient before it starts on the weight's. Here the shard is kept and gathered
-    again in backward, and both collectives of backward run beside a product. An input that is not gathered is kept in
-    the form that the weight's gradient takes. The weight is kept as it is: its owner may put it away meanwhile.
+    again in backward, and both collectives of backward run beside a product; the start of the gathering waits for the
+    shard's gradient. An input that is not gathered is kept in the form that the weight's gradient takes. The weight is
+    kept as it is: its owner may put it away meanwhile.
     """
 
     @staticmethod
@@ -216,15 +257,14 @@ class _ColumnProduct(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         group: Group,
-        gathers: bool,
+        exchange: Exchange | None,
         products: Products,
         keeps: bool,
     ) -> Tensor:
-        ctx.group, ctx.gathers, ctx.products = group, gathers, products
-        whole = start_all_gather(input, group).wait() if gathers else input
-        for_weight = keeps and not gathers and ctx.needs_input_grad[1]
-        operand = products.of_input(whole.flatten(0, -2), for_weight=for_weight)
-        kept: Operand = (input,) if gathers else products.keep(operand)
+        ctx.group, ctx.exchange, ctx.products = group, exchange, products
+        whole = exchange.take() if exchange else input
+        operand = products.of_input(whole.flatten(0, -2), for_weight=keeps and ctx.needs_input_grad[1])
+        kept: Operand = (input,) if exchange else products.keep(operand)
         ctx.save_for_backward(weight, *kept)
         output = products.output(operand, products.of_weight(weight, for_input=False), bias)
         return output.view(*whole.shape[:-1], output.shape[-1])
@@ -233,15 +273,17 @@ class _ColumnProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None, None]:
         weight, *kept = ctx.saved_tensors
         products: Products = ctx.products
+        exchange: Exchange | None = ctx.exchange
         _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        gathering = start_all_gather(kept[0], ctx.group) if ctx.gathers and needs_weight else None
+        gathering = start_all_gather(kept[0], ctx.group) if exchange and needs_weight else None
         operand, grad_bias = products.of_gradient(grad.flatten(0, -2), for_weight=needs_weight, sums=needs_bias)
         grad_rows = products.input_gradient(operand, products.of_weight(weight, for_output=False))
         whole = gathering.wait().flatten(0, -2) if gathering else None
-        reduce = start_reduce_scatter if ctx.gathers else start_all_reduce
+        reduce = start_reduce_scatter if exchange else start_all_reduce
         reducing = reduce(grad_rows.view(*grad.shape[:-1], grad_rows.shape[-1]), ctx.group)
         grad_weight = None
         if needs_weight:
             input: Operand = tuple(kept) if whole is None else products.of_input(whole, for_output=False)
             grad_weight = products.weight_gradient(operand, input)
-        return reducing.wait(), grad_weight, grad_bias, None, None, None, None
+        grad_input = exchange.put(reducing) if exchange else reducing.wait()
+        return grad_input, grad_weight, grad_bias, None, None, None, None

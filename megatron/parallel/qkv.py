@@ -27,8 +27,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config.errors import ConfigError
+from megatron.parallel.collectives import Gathering
 from megatron.parallel.groups import Group
-from megatron.parallel.linear import column_parallel_product
+from megatron.parallel.linear import column_parallel_product, gathered_input
 from megatron.parallel.products import PLAIN, Products
 from megatron.parallel.sharding import divide, mark_init, mark_sharded
 
@@ -88,8 +89,12 @@ class QueryKeyValueLinear(nn.Module):
         """Whether `product` holds whole groups of [query heads; key; value]: no head is spread over ranks."""
         return self.sharers == 1
 
-    def product(self, hidden: Tensor) -> Tensor:
-        """Multiply [s, b, h] hidden states, or [s/t, b, h] with sequence parallelism, by this rank's rows."""
+    def gather(self, hidden: Tensor) -> Tensor | Gathering:
+        """Start to bring together what `product` multiplies."""
+        return gathered_input(hidden, self.group, sequence_parallel=self.sequence_parallel)
+
+    def product(self, hidden: Tensor | Gathering) -> Tensor:
+        """Multiply hidden states [s, b, h], or [s/t, b, h] with sequence parallelism, or what `gather` made of them."""
         return column_parallel_product(
             hidden,
             self.weight,
@@ -105,7 +110,10 @@ class QueryKeyValueLinear(nn.Module):
         Returns:
             query [s, b, n/t, d], key and value [s, b, k/t, d] ([s, b, 1, d] where there are more ranks than heads).
         """
-        product = self.product(hidden)
+        return self.heads(self.product(hidden))
+
+    def heads(self, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cut what `product` gave into what `forward` gives."""
         # One split and, at most, one exchange: their backward is one concatenation and one exchange.
         if self.sharers == 1:
             groups = product.unflatten(-1, (self.key_value_heads, -1, self.head_size))

@@ -134,6 +134,7 @@ def _reported(config: RunConfig, folder: Path, world_size: int) -> Figures:
         "tflops_hardware": report["hardware_tflops"],
         "mfu_full": mfu,
         "mfu_causal": None if mfu is None else mfu * causal / full,
-        "data_ms_per_step": report["timers_ms"].get("data"),
+        "overhead_ms_per_step": report["timers_ms"]["overhead"],
+        "data_ms_per_step": report["timers_ms"]["data"],
         "lm_loss": report["lm_loss"],
     }

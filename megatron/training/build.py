@@ -39,7 +39,7 @@ from megatron.training.memory import MemoryPlan
 from megatron.training.metrics import SpeedModel, peak_tflops
 from megatron.training.params_norm import params_norm
 from megatron.training.pipeline import describe_pipeline
-from megatron.training.place import Place, join_ranks
+from megatron.training.place import Place, join_ranks, takes_halves
 from megatron.training.progress import PlainConsole
 from megatron.training.proof import NextSamples, Proof, describe_run
 from megatron.training.recompute import Recompute
@@ -134,7 +134,9 @@ def _build_engine(
     compiled = "; blocks compiled" if config.kernels.compile else ""
     choices = [
         f" attention: {attention.name}, {attention_reason}",
-        " shards of the sequence travel by messages, beside the products" if place.groups.tensor.transport else None,
+        " each half of a micro-batch computes while shards of the other travel"
+        if takes_halves(config.parallel)
+        else None,
         f" kernels: {reason}{compiled}",
         recompute.describe(),
         memory.describe() if place.device.type == "cuda" else None,  # of a process on a CPU it is a part

@@ -20,7 +20,7 @@ from megatron.parallel.groups import ParallelGroups
 from megatron.training.memory import MemoryPlan, plan_memory
 from megatron.training.param_groups import build_param_groups
 from megatron.training.pipeline import balance_stages
-from megatron.training.place import Place
+from megatron.training.place import Place, takes_halves
 from megatron.training.recompute import Recompute, build_recompute, unit_shape
 from megatron.training.watched_engine import SteadyWeights
 
@@ -61,7 +61,8 @@ def plan_recompute(config: RunConfig, groups: ParallelGroups, attention: Attenti
     itemsize = DTYPES[config.training.precision].itemsize
     size, sharded = config.kernels.mlp_chunk_size, config.parallel.sequence_parallel
     chunks = SequenceChunks(group=groups.tensor, size=size, sequence_parallel=sharded) if size else None
-    shape = unit_shape(config.model, config.training, config.data, groups, attention, itemsize, chunks)
+    parts = 2 if takes_halves(config.parallel) else 1
+    shape = unit_shape(config.model, config.training, config.data, groups, attention, itemsize, chunks, parts)
     training = config.training
     return build_recompute(
         config.kernels,
@@ -112,6 +113,7 @@ def build_model(
             recompute_policy=recompute.policies[groups.pipeline.rank],
             loss_chunk_size=config.kernels.loss_chunk_size,
             mlp_chunk_size=config.kernels.mlp_chunk_size,
+            in_halves=takes_halves(config.parallel),
             kernels=kernels,
         )
     if config.kernels.compile:

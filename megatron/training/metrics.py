@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron.engine.interface import StepResult
+from megatron.engine.stopwatch import Stopwatch
 from megatron.training.state import TrainState
 
 PEAK_TFLOPS_BF16 = (
@@ -90,6 +91,8 @@ class Interval:
         lowest_loss_scale: an overflow at a higher scale is fp16's ordinary search for a scale, no bad result.
         watch: told iteration, loss and gradient norm of each step when it is read.
         last: values of the last step that the schedules gave.
+        inner_seconds: of the host in DeepSpeed's calls.
+        reading: the host, while it reads results from the device.
     """
 
     lowest_loss_scale: float = 1.0
@@ -100,6 +103,8 @@ class Interval:
     grad_norm: float = math.nan
     loss_scale: float = 1.0
     last: dict[str, float] = field(default_factory=dict)
+    inner_seconds: float = 0.0
+    reading: Stopwatch = field(default_factory=Stopwatch)
     _pending: StepResult | None = None
     _iteration: int = 0
 
@@ -111,6 +116,7 @@ class Interval:
         self._pending, self._iteration = result, state.iteration
         self.steps += 1
         self.samples += samples
+        self.inner_seconds += result.inner_seconds
         self.last = {"learning_rate": learning_rate, "weight_decay": weight_decay, "global_batch_size": samples}
         if result.skipped:
             self.settle(state)
@@ -120,7 +126,8 @@ class Interval:
         if self._pending is None:
             return
         result, self._pending = self._pending, None
-        loss, self.grad_norm, self.loss_scale = float(result.loss), float(result.grad_norm), result.loss_scale
+        with self.reading:
+            loss, self.grad_norm, self.loss_scale = float(result.loss), float(result.grad_norm), result.loss_scale
         if self.watch is not None:
             self.watch(self._iteration, loss, self.grad_norm)
         searching = result.skipped and result.loss_scale > self.lowest_loss_scale
@@ -130,6 +137,14 @@ class Interval:
         state.skipped_steps += result.skipped
         state.nonfinite_steps += bad
         state.nonfinite_streak = state.nonfinite_streak + 1 if bad else 0
+
+    def overhead(self, seconds: float) -> float:
+        """Of these steps' seconds, those in which the host neither was in DeepSpeed's calls nor read from the device.
+
+        They are what the loop itself costs: the wait for data, schedules, numbers, reports, the question whether to
+        stop. A device that has been given enough work ahead does not notice them.
+        """
+        return max(0.0, seconds - self.inner_seconds - self.reading.seconds)
 
     def to_json(self) -> dict[str, float]:
         """Give what a report says of the steps: their mean loss (of finite ones), the rest as of the last step."""

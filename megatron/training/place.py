@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -15,7 +15,6 @@ from megatron.engine.launchers import RankEnvironment
 from megatron.parallel.groups import ParallelGroups, create_groups
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.random import RandomStreams, seed_everything
-from megatron.parallel.transport import Messages
 from megatron.training.control import Control
 from megatron.training.rank_table import Seat, describe_ranks
 
@@ -51,16 +50,13 @@ def join_ranks(parallel: ParallelConfig, seed: int, environment: RankEnvironment
         ulysses=parallel.ds_sequence_parallel_size,
         tensor=parallel.tensor_model_parallel_size,
     )
-    groups = create_groups(mesh, environment.rank, timeout)
+    groups = create_groups(mesh, environment.rank, timeout, tensor_first=takes_halves(parallel))
     streams = seed_everything(seed, groups, device)
     control = Control.of_world(timeout)
-    groups = _with_transport(groups, parallel)
     table = describe_ranks(mesh, [Seat(*seat) for seat in control.gather((socket.gethostname(), str(device)))])
     return Place(device=device, groups=groups, control=control, streams=streams, rank_table=tuple(table))
 
 
-def _with_transport(groups: ParallelGroups, parallel: ParallelConfig) -> ParallelGroups:
-    """Give the tensor group what carries shards of the sequence beside products, where the flags ask for it."""
-    if parallel.tp_comm_overlap == "none" or groups.tensor.size == 1:
-        return groups
-    return replace(groups, tensor=replace(groups.tensor, transport=Messages(groups.tensor)))
+def takes_halves(parallel: ParallelConfig) -> bool:
+    """Whether blocks take a micro-batch in two halves: where tensor ranks have something to send."""
+    return parallel.tp_comm_overlap == "halves" and parallel.tensor_model_parallel_size > 1

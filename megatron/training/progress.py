@@ -19,6 +19,7 @@ def train_line(record: Record, total_iterations: int | None) -> str:
         f"consumed samples: {record['consumed_samples']:12d}",
         f"consumed tokens: {record['consumed_tokens']:14d}",
         f"elapsed time per iteration (ms): {record['elapsed_ms_per_step']:.1f}",
+        f"host overhead (ms): {record['timers_ms']['overhead']:.2f}, data {record['timers_ms'].get('data', 0.0):.2f}",
         f"learning rate: {record['learning_rate']:.6E}",
         f"global batch size: {record['global_batch_size']:5d}",
         f"lm loss: {number(record['lm_loss'], '.6E')}",

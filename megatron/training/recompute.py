@@ -97,17 +97,29 @@ def unit_shape(
     attention: AttentionBackend,
     itemsize: int,
     mlp_chunks: SequenceChunks | None = None,
+    parts: int = 1,
 ) -> UnitShape:
-    """Put together the sizes of a rank's micro-batch; `itemsize` is in bytes, and without chunks the MLP has none."""
-    batch = training.micro_batch_size
-    tokens = batch * data.seq_length // groups.ulysses.size
+    """Put together the sizes of a rank's micro-batch.
+
+    Args:
+        config: the architecture.
+        training: says how many samples a micro-batch has.
+        data: says how long they are.
+        groups: the ranks that share them.
+        attention: the chosen backend.
+        itemsize: bytes of an element.
+        mlp_chunks: how an MLP goes through the sequence; None: it takes it whole.
+        parts: into how many parts blocks cut the micro-batch.
+    """
+    batch = training.micro_batch_size // parts
+    tokens = training.micro_batch_size * data.seq_length // groups.ulysses.size
     chunk = 0 if mlp_chunks is None else mlp_chunks.positions(batch) * batch * mlp_chunks.shards
     return UnitShape(
         tokens=tokens,
-        mlp_chunk=min(chunk, tokens),
+        mlp_chunk=min(chunk, tokens // parts),
         seq_length=data.seq_length,
         tensor_size=groups.tensor.size,
-        summed_shards=groups.tensor.size if groups.tensor.transport is not None else 1,
+        parts=parts,
         itemsize=itemsize,
         keys=counted_keys(config, data, attention),
         exchanged=groups.ulysses.size > 1,

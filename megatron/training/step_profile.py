@@ -1,8 +1,8 @@
 """Where the time of a training step goes: some steps of a run under torch's profiler, grouped by kind of work.
 
 On a GPU the pieces are its kernels and copies, each with the operations of the host that started it; a piece counts by
-its own name where that says what it is, else by whom it was started by. Idle is what no piece covers. On a CPU the
-pieces are torch's operations, which is coarser.
+its own name where that says what it is, else by whom it was started by; what neither tells is "other". Idle is what no
+piece covers. On a CPU the pieces are torch's operations, which is coarser.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ STEP = "megatron::step"
 LAUNCH = re.compile(r"cu(?:da)?[A-Z]")
 
 BY_NAME = (
+    ("compiled by torch", r"^triton_"),  # whose names list what is fused in them: first, or a part would count as all
     ("collectives", r"nccl|gloo:|c10d::|all_?reduce|all_?gather|reduce_?scatter"),
     (
         "attention",
@@ -214,8 +215,9 @@ def _pieces(profiler: profile, device_type: str) -> Iterator[Piece]:
         for event in events
         if event.device_type == DeviceType.CPU and LAUNCH.match(event.name) is not None
     }
-    # What the host annotates is repeated as a span on the device, under its name there: that is no work.
-    annotations = {event.name for event in events if event.device_type == DeviceType.CPU}
+    # What a user annotates on the host is repeated as a span on the device: that is no work. Names of the host's other
+    # operations do not tell: one that launches a kernel compiled by torch has the kernel's name.
+    annotations = {event.name for event in events if event.is_user_annotation}
     work = [event for event in events if event.device_type == DeviceType.CUDA and event.name not in annotations]
     reached = float("-inf")
     for event in sorted(work, key=lambda event: event.time_range.start):

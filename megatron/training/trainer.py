@@ -168,6 +168,7 @@ class Trainer:
         interval, state = self._interval, self.state
         interval.settle(state)
         seconds, timers = self._timers.take()
+        timers["overhead"] = interval.overhead(seconds)
         self._reporter.train(
             {
                 **state.to_json(),

@@ -82,6 +82,25 @@ def test_workers_give_what_the_process_itself_would(num_workers):
     assert numbers(num_workers) == numbers(0)
 
 
+@pytest.mark.parametrize("dense_mask", [False, True])
+def test_every_field_of_a_batch_comes_back_from_a_worker(dense_mask):
+    options = BatchOptions(
+        eod_id=4, reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True, dense_mask=dense_mask
+    )
+
+    def first(workers):
+        loader = build_loader(
+            Numbers(50), micro_batch_size=8, data_rank=0, data_size=1, num_workers=workers, options=options
+        )
+        return vars(next(loader))
+
+    for (name, made), received in zip(first(0).items(), first(1).values(), strict=True):
+        if made is None:
+            assert received is None, name
+        else:
+            torch.testing.assert_close(received, made, rtol=0, atol=0, msg=name)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_error_in_a_worker_keeps_its_sentence(num_workers):
     loader = build_loader(Numbers(50, bad=[5]), micro_batch_size=2, data_rank=0, data_size=1, num_workers=num_workers)

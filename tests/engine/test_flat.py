@@ -1,6 +1,7 @@
 """What an engine promises beside parity: evaluation, empty and fully masked steps, fp16's loss scale, its module."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -50,6 +51,20 @@ def evaluate_at_each_stage():
 def test_evaluation_sums_over_all_ranks_and_leaves_training_as_it_is():
     first, second = run_on_ranks(2, evaluate_at_each_stage, deepspeed=True)
     assert first == second
+
+
+def time_a_step():
+    engine = toy.build_engine(toy.run_config(stage=1))
+    started = time.perf_counter()
+    result = engine.train_step(toy.make_batches(0, 0, 1, 2), 0.1, 0.1)
+    seconds = time.perf_counter() - started
+    engine.close()
+    return result.inner_seconds, seconds
+
+
+def test_a_step_tells_how_long_deepspeed_had_the_host():
+    ((inner, seconds),) = run_on_ranks(1, time_a_step, deepspeed=True)
+    assert 0 < inner < seconds
 
 
 def take_edge_steps():

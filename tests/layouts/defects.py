@@ -13,9 +13,9 @@ import torch.utils.checkpoint
 
 from megatron.model import gpt, init, rotary
 from megatron.parallel import ulysses
-from megatron.parallel.collectives import gather_dim, reduce_from_group, reduce_scatter_sequence, split_dim
+from megatron.parallel.collectives import Scattering, gather_dim, reduce_from_group, reduce_scatter_sequence, split_dim
 from megatron.parallel.embedding import VocabParallelEmbedding, _rows_held_here
-from megatron.parallel.linear import RowParallelLinear, column_parallel_product
+from megatron.parallel.linear import RowOutput, RowParallelLinear
 from megatron.parallel.qkv import QueryKeyValueLinear
 from megatron.parallel.random import RandomStreams
 
@@ -28,7 +28,7 @@ def none() -> AbstractContextManager[object]:
 
 def norm_gradients_are_not_summed():
     """Each tensor rank keeps the part of its shard of the sequence."""
-    return patch("megatron.model.norm.sum_gradient", lambda parameter, group: parameter)
+    return patch("megatron.model.norm.Norm.read", lambda norm: norm.summed_parameters)
 
 
 def tokens_are_sliced_before_the_embedding():
@@ -65,15 +65,12 @@ def rotary_tables_hold_cosines_only():
 def heads_are_cut_in_thirds():
     """All queries, then all keys, then all values, instead of one group of heads after the other."""
 
-    def forward(self, hidden):
-        product = column_parallel_product(
-            hidden, self.weight, self.bias, group=self.group, sequence_parallel=self.sequence_parallel
-        )
+    def heads(self, product):
         counts = (self.query_heads, self.key_value_heads, self.key_value_heads)
         parts = product.split([count * self.head_size for count in counts], dim=-1)
         return tuple(part.unflatten(-1, (-1, self.head_size)) for part in parts)
 
-    return patch.multiple(QueryKeyValueLinear, forward=forward, is_grouped=False)  # else attention cuts it itself
+    return patch.multiple(QueryKeyValueLinear, heads=heads, is_grouped=False)  # else attention cuts it itself
 
 
 def loss_is_averaged_on_each_rank():
@@ -138,11 +135,12 @@ def document_mask_is_dropped():
 def row_bias_is_added_by_every_rank():
     """Before the sum over the ranks instead of after it."""
 
-    def forward(self, input):
+    def start(self, input, *, with_bias=True):
         summand = F.linear(input, self.weight, self.bias)
-        return (reduce_scatter_sequence if self.sequence_parallel else reduce_from_group)(summand, self.group)
+        reduce = reduce_scatter_sequence if self.sequence_parallel else reduce_from_group
+        return RowOutput(Scattering(reduce(summand, self.group)))
 
-    return patch.object(RowParallelLinear, "forward", forward)
+    return patch.object(RowParallelLinear, "start", start)
 
 
 def heads_come_back_in_another_order():

@@ -18,7 +18,7 @@ LAST_BIT = 2**-24
 TENSOR = "--tensor-model-parallel-size 2"
 SHARDED = f"{TENSOR} --sequence-parallel"
 
-OVERLAPPED = f"{SHARDED} --tp-comm-overlap messages"
+IN_HALVES = f"{SHARDED} --tp-comm-overlap halves"
 
 ULYSSES = "--ds-sequence-parallel-size 2"
 
@@ -34,8 +34,8 @@ TWO_RANKS = [
     (f"{SHARDED} --zero-stage 1 --micro-batch-size 2", "gpt2 untied, documents"),
     (f"{SHARDED} --zero-stage 2 --micro-batch-size 2 --cpu-optimizer", "gpt2"),
     (f"{SHARDED} --zero-stage 3 --micro-batch-size 2 --recompute-granularity full", "gpt2"),
-    (f"{OVERLAPPED} --zero-stage 1 --micro-batch-size 2", "gpt2"),
-    (f"{OVERLAPPED} --zero-stage 3 --micro-batch-size 4 --recompute-granularity full", "llama tied, query norms"),
+    (f"{IN_HALVES} --zero-stage 1 --micro-batch-size 2", "gpt2"),
+    (f"{IN_HALVES} --zero-stage 0 --micro-batch-size 4 --recompute-granularity full", "llama tied, query norms"),
     (f"{ULYSSES} --zero-stage 0 --micro-batch-size 2", "llama"),
     (f"{ULYSSES} --zero-stage 3 --micro-batch-size 2", "gemma"),
 ]
@@ -60,9 +60,9 @@ FOUR_RANKS = [
     (f"{ULYSSES} --zero-stage 3 --micro-batch-size 1", "gpt2"),
     (f"{ULYSSES} {SHARDED} --zero-stage 3 --micro-batch-size 2", "llama tied, query norms"),
     (f"{ULYSSES} {SHARDED} --zero-stage 1 --micro-batch-size 4", "gpt2"),
-    ("--tensor-model-parallel-size 4 --sequence-parallel --tp-comm-overlap messages --micro-batch-size 4", "llama"),
-    (f"{ULYSSES} {OVERLAPPED} --zero-stage 2 --micro-batch-size 2", "gpt2 untied, documents"),
-    (f"{STAGES} {OVERLAPPED} --micro-batch-size 1", "llama, one key/value head"),
+    ("--tensor-model-parallel-size 4 --sequence-parallel --tp-comm-overlap halves --micro-batch-size 4", "llama"),
+    (f"{ULYSSES} {IN_HALVES} --zero-stage 2 --micro-batch-size 2", "gpt2 untied, documents"),
+    (f"{STAGES} {IN_HALVES} --micro-batch-size 2", "llama, one key/value head"),
     (f"{STAGES} {TENSOR} --micro-batch-size 1", "llama tied, query norms"),
     (f"{STAGES} {SHARDED} --micro-batch-size 1", "llama, one key/value head"),
     (f"{STAGES} {SHARDED} --micro-batch-size 2 --recompute-granularity full", "gpt2"),

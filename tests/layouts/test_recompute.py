@@ -36,7 +36,7 @@ LAYOUTS = {
         (f"{TENSOR} --zero-stage 1 --micro-batch-size 2", "llama", [f"{FIRST} {DIVIDED}", SELECTIVE]),
         (f"{SHARDED} --zero-stage 2 --micro-batch-size 2", "llama tied, query norms", [FULL, SELECTIVE, PRODUCTS]),
         (f"{SHARDED} --zero-stage 3 --micro-batch-size 2", "gpt2", [UNITS, SELECTIVE, PRODUCTS]),
-        (f"{SHARDED} --tp-comm-overlap messages --micro-batch-size 2", "gpt2", [UNITS, SELECTIVE, PRODUCTS]),
+        (f"{SHARDED} --tp-comm-overlap halves --micro-batch-size 2", "gpt2", [UNITS, SELECTIVE, PRODUCTS]),
         (f"{ULYSSES} --zero-stage 1 --micro-batch-size 2", "gpt2", [FIRST, SELECTIVE, PRODUCTS]),
         (f"{ULYSSES} --zero-stage 3 --micro-batch-size 2", "llama", [SELECTIVE, PRODUCTS]),
         ("--zero-stage 2 --micro-batch-size 1", "gpt2 untied, documents", [UNITS, SELECTIVE, PRODUCTS]),

@@ -1,7 +1,5 @@
 """What recompute is said to repeat agrees with a count of the products that ran."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,7 +13,6 @@ from megatron.parallel.groups import create_groups
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.recompute import FULL, NONE, RecomputePolicy
 from megatron.parallel.recompute_products import ProductBudget
-from megatron.parallel.transport import Messages
 from tests.model.tiny import LLAMA, VOCAB_SIZE, backend_called, random_tokens, tiny_config, tiny_gpt
 from tests.ranks import run_on_ranks
 
@@ -100,16 +97,16 @@ def test_flops_with_kept_products_equal_the_counted_ones(changes, dropout, mlp_c
     assert found[0] > found[-1] == (TOKENS * config.num_layers * up if mlp_chunk else 0)
 
 
-def products_seen(overlapped):
+def products_seen(in_halves):
     """FLOPs and bytes of the products of a block, as recompute sees them on a tensor rank with a shard."""
     groups, seen, choose = create_groups(Mesh(tensor=2), dist.get_rank()), [], ProductBudget.choose
-    transport = Messages(groups.tensor) if overlapped else None
     model = GPT(
         tiny_config(**LLAMA, num_layers=1),
         vocab_size=VOCAB_SIZE,
-        groups=replace(groups, tensor=replace(groups.tensor, transport=transport)),
+        groups=groups,
         attention=backend_called("sdpa"),
         sequence_parallel=True,
+        in_halves=in_halves,
         recompute_policy=RecomputePolicy(granularity="products", budget_bytes=20_000),
     )
     initialize_parameters(model, seed=1, std=0.2, num_layers=1)
@@ -119,13 +116,11 @@ def products_seen(overlapped):
     return [(product.flops, product.num_bytes) for product in products.values()]
 
 
-@pytest.mark.parametrize("overlapped", [False, True])
-def test_products_of_a_tensor_rank_are_those_that_recompute_sees(overlapped):
-    shape = UnitShape(
-        tokens=TOKENS, seq_length=SEQUENCE, tensor_size=2, summed_shards=2 if overlapped else 1, itemsize=4
-    )
+@pytest.mark.parametrize("in_halves", [False, True])
+def test_products_of_a_tensor_rank_are_those_that_recompute_sees(in_halves):
+    shape = UnitShape(tokens=TOKENS, seq_length=SEQUENCE, tensor_size=2, parts=2 if in_halves else 1, itemsize=4)
     planned = [(p.flops, p.num_bytes) for p in unit_products(tiny_config(**LLAMA), shape, 1).values()]
-    assert run_on_ranks(2, products_seen, overlapped) == [planned] * 2
+    assert run_on_ranks(2, products_seen, in_halves) == [planned] * 2
 
 
 def test_nothing_is_repeated_without_recompute():

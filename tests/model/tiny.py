@@ -72,4 +72,4 @@ def tiny_gpt(
 
 
 def random_tokens(batch: int = 2, length: int = 16, seed: int = 0) -> torch.Tensor:
-    return torch.randint(VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(seed), device="cpu")

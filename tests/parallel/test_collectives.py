@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron.parallel import collectives
-from megatron.parallel.collectives import sum_gradient
+from megatron.parallel.gradient_sums import sum_gradients
 from megatron.parallel.groups import Group
 from tests.parallel.logical import assert_matches_dense, logical, tensor_group
 from tests.ranks import run_on_ranks
@@ -17,7 +17,7 @@ PAIRS = [
     ("gather_dim", "split_dim", {"dim": -1}),
     ("all_gather_sequence", "reduce_scatter_sequence", {}),
 ]
-ALL = ["sum_gradient", *dict.fromkeys(name for pair in PAIRS for name in pair[:2])]
+ALL = list(dict.fromkeys(name for pair in PAIRS for name in pair[:2]))
 
 
 def backward_is_the_conjugates_forward():
@@ -42,7 +42,6 @@ def forward_is_what_it_says():
         "split_dim": mine[..., group.rank : group.rank + 1],
         "all_gather_sequence": torch.cat(each, dim=0),
         "reduce_scatter_sequence": sum(each).chunk(group.size)[group.rank],
-        "sum_gradient": mine,
     }
     for name, output in expected.items():
         torch.testing.assert_close(getattr(collectives, name)(mine, group), output)
@@ -66,7 +65,7 @@ class NormOfShard(nn.Module):
         self.bias = nn.Parameter(torch.empty(4))
 
     def forward(self, hidden):
-        return F.layer_norm(hidden, (4,), sum_gradient(self.weight, self.group), sum_gradient(self.bias, self.group))
+        return F.layer_norm(hidden, (4,), *sum_gradients((self.weight, self.bias), self.group))
 
 
 def norm_matches_dense():

@@ -86,7 +86,7 @@ class Recording(TorchDispatchMode):
         def recorded(tensor, group):
             pending = start(tensor, group)
             self.events.append(name.replace("start_", "start "))
-            return types.SimpleNamespace(wait=lambda: self._end(name, pending))
+            return types.SimpleNamespace(output=pending.output, wait=lambda: self._end(name, pending))
 
         return mock.patch.object(linear, name, recorded)
 

@@ -1,15 +1,14 @@
-"""What the other files of this folder prove over gloo, once more over NCCL."""
+"""What the other files of this folder prove over gloo, and what halves of a micro-batch do, once more over NCCL."""
 
 import pytest
 import torch
 
-from megatron.parallel.transport import Messages
+from tests.model import test_halves as halves
 from tests.parallel import test_collectives as collectives
 from tests.parallel import test_cross_entropy as cross_entropy
 from tests.parallel import test_embedding as embedding
 from tests.parallel import test_linear as linear
 from tests.parallel import test_linear_cross_entropy as linear_cross_entropy
-from tests.parallel import test_overlap as overlap
 from tests.parallel import test_qkv as qkv
 from tests.parallel import test_recompute as recompute
 from tests.parallel import test_ulysses as ulysses
@@ -37,18 +36,8 @@ def name_of(item):
         (linear.row_matches_dense, (True, False)),
         (linear.row_matches_dense, (True, True)),
         (linear.gated_mlp_matches_dense, (True,)),
-        *[
-            (check, (*args, Messages))
-            for check, args in [
-                (overlap.column_matches_dense, (2**20, True)),
-                (overlap.column_matches_dense, (64, False)),
-                (overlap.row_matches_dense, (2**20, True)),
-                (overlap.row_matches_dense, (64, False)),
-                (overlap.gated_mlp_matches_dense, (64,)),
-                (overlap.recompute_changes_nothing, ()),
-                (overlap.copies_follow_each_other, ()),
-            ]
-        ],
+        (halves.halves_change_no_number, ("gpt2", 4, 0)),
+        (halves.halves_change_no_number, ("one key/value head", 2, 24)),
         (embedding.embedding_matches_dense, (False,)),
         (embedding.embedding_matches_dense, (True,)),
         (embedding.positions_match_dense, (False,)),

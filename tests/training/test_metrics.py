@@ -1,4 +1,6 @@
 import math
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +77,26 @@ def test_search_for_a_loss_scale_is_no_bad_result():
     assert (state.skipped_steps, state.nonfinite_steps) == (1, 0)
     _, state = observe(result(1.0, math.inf, skipped=True, scale=1.0))
     assert (state.skipped_steps, state.nonfinite_steps) == (1, 1)
+
+
+def test_overhead_is_what_neither_deepspeed_nor_the_device_took():
+    interval, state = Interval(), TrainState()
+    for seconds in (0.25, 0.5):
+        step = replace(result(1.0), inner_seconds=seconds)
+        interval.add(step, state, samples=4, learning_rate=0.1, weight_decay=0.0)
+    assert interval.overhead(1.0) == pytest.approx(0.25 - interval.reading.seconds)
+    interval.reading.seconds = 0.125
+    assert interval.overhead(1.0) == 0.125
+
+
+def test_reading_a_result_is_timed():
+    class Slow:
+        def __float__(self):
+            time.sleep(0.02)
+            return 1.0
+
+    interval, _ = observe(replace(result(1.0), loss=Slow()))
+    assert interval.reading.seconds >= 0.02
 
 
 def test_perplexity_of_a_huge_loss_is_infinite():

@@ -26,6 +26,7 @@ KERNELS = [
     ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>", "optimizer"),
     ("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add<float>>", "other"),
     ("void cudnn::fusion::compute_dot_do_o_specialized<true, 128>(void const*, void const*)", "attention"),
+    ("triton_red_fused_add_gelu_native_layer_norm_3", "compiled by torch"),
 ]
 
 
@@ -49,25 +50,31 @@ def test_a_general_kernel_is_known_by_what_started_it(starters, kind):
 class Event:
     """As torch's profiler gives it."""
 
-    def __init__(self, name, id, device, begin, end, parent=None):
+    def __init__(self, name, id, device, begin, end, parent=None, *, annotates=False):
         self.name, self.id, self.device_type, self.cpu_parent = name, id, device, parent
+        self.is_user_annotation = annotates
         self.time_range = type("Span", (), {"start": begin, "end": end})
 
 
 class Profiler:
+    def __init__(self, *events):
+        self._events = list(events)
+
     def events(self):
-        add = Event("aten::add_", 1, DeviceType.CPU, 0, 10)
-        return [
-            add,
-            Event("cudaLaunchKernel", 7, DeviceType.CPU, 2, 4, parent=add),
-            Event("elementwise", 7, DeviceType.CUDA, 20, 30),
-            Event("aten::add_", 9, DeviceType.CUDA, 0, 90),  # an annotation, repeated on the device
-            Event("gemm", 8, DeviceType.CUDA, 25, 45),
-        ]
+        return self._events
 
 
 def test_pieces_of_a_gpu_are_kernels_with_the_operations_that_launched_them():
-    pieces = list(_pieces(Profiler(), "cuda"))
+    add = Event("aten::add_", 1, DeviceType.CPU, 0, 10)
+    profiler = Profiler(
+        Event("Optimizer.step", 3, DeviceType.CPU, 0, 9, annotates=True),
+        Event("Optimizer.step", 9, DeviceType.CUDA, 0, 90, annotates=True),
+        add,
+        Event("cudaLaunchKernel", 7, DeviceType.CPU, 2, 4, parent=add),
+        Event("elementwise", 7, DeviceType.CUDA, 20, 30),
+        Event("gemm", 8, DeviceType.CUDA, 25, 45),
+    )
+    pieces = list(_pieces(profiler, "cuda"))
     assert [(piece.name, piece.starters, piece.own) for piece in pieces] == [
         ("elementwise", ("aten::add_",), 10),
         ("gemm", (), 15),  # what came while the other was at work does not count twice
@@ -75,6 +82,31 @@ def test_pieces_of_a_gpu_are_kernels_with_the_operations_that_launched_them():
     assert _covered(pieces) == 25
     assert _by_kind(pieces, 2) == {"matrix products": 0.0075, "gradient sums, casts, copies": 0.005}
     assert [entry["ms"] for entry in _dearest(pieces, 1)] == [0.015, 0.01]
+
+
+def test_a_kernel_named_as_the_operation_that_launched_it_is_work():
+    """As torch's compiler names both."""
+    name = "triton_poi_fused_gelu_0"
+    launching = Event(name, 1, DeviceType.CPU, 0, 5)
+    profiler = Profiler(
+        launching,
+        Event("cuLaunchKernelEx", 7, DeviceType.CPU, 1, 2, parent=launching),
+        Event(name, 7, DeviceType.CUDA, 10, 30),
+        Event("_ZN7unknown", 8, DeviceType.CUDA, 30, 35),
+    )
+    pieces = list(_pieces(profiler, "cuda"))
+    assert _covered(pieces) == 25
+    assert _by_kind(pieces, 1) == {"compiled by torch": 0.02, "other": 0.005}
+
+
+def test_torch_tells_what_a_user_annotates_from_what_its_compiler_launches():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        with torch.profiler.record_function("annotated"):
+            torch.ones(1)
+        with torch._C._profiler._RecordFunctionFast("triton_poi_fused_0", (), {}):
+            torch.ones(1)
+    told = {event.name: event.is_user_annotation for event in profiler.events()}
+    assert (told["annotated"], told["triton_poi_fused_0"]) == (True, False)
 
 
 def profile_a_run():
