@@ -223,8 +223,7 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         """Keep the logits and one number a token."""
-        highest, exp_sum, label_logit = FusedSoftmax().statistics(logits, labels, logits.shape[1])
-        loss, log_sum = token_losses(highest, exp_sum, label_logit)
+        loss, log_sum = token_losses(FusedSoftmax().statistics(logits, labels, logits.shape[1]))
         ctx.tensors = (logits, labels, log_sum)
         return loss
 

@@ -46,7 +46,7 @@ class KernelsConfig:
         0,
         range=NOT_NEGATIVE,
         help="tokens whose logits exist at a time: the output head and the loss are computed as one, a chunk after the "
-        "other; 0: all logits at once",
+        "other, which the fused loss makes as large as the hidden size, where it is smaller; 0: all logits at once",
     )
     fp8: bool = flag(
         False,

@@ -88,7 +88,7 @@ def _dropout_add_cuda(
         rows,
         first,
         columns,
-        kernel.chunks(rows, columns, DTYPE_CODES[x.dtype], device),
+        kernel.chunks(rows, columns, DTYPE_CODES[x.dtype], False, device),
         drop_threshold(probability),
         DTYPE_CODES[x.dtype],
         DTYPE_CODES[out.dtype],
@@ -104,7 +104,7 @@ def _backward_cuda(
     grad = grad.contiguous()
     kernel, (device, stream), columns = load_kernel("dropout"), place(grad), grad.shape[-1]
     rows = grad.numel() // columns if columns else 0
-    chunks = kernel.chunks(rows, columns, DTYPE_CODES[dtype], device)
+    chunks = kernel.chunks(rows, columns, DTYPE_CODES[dtype], True, device)
     grad_x, grad_bias = _backward_fake(grad, key, first, probability, dtype, biased)
     partial = grad.new_empty((chunks, columns), dtype=torch.float32) if biased else None
     kernel.backward(

@@ -115,7 +115,12 @@ def _softmax_cpu(scores: Tensor, mask: Tensor | None, scale: float, causal: bool
 
 def _backward_cpu(grad: Tensor, weights: Tensor, scale: float, causal: bool) -> Tensor:
     wide, grad = weights.float(), grad.float()
-    grad_scores = scale * wide * (grad - (wide * grad).sum(dim=-1, keepdim=True))
+    # Of a weight near 1 the plain formula would leave the rounding: see `Centred` in the kernel.
+    is_most = wide > 0.5
+    others = wide.masked_fill(is_most, 0.0)
+    centred = grad - grad.masked_fill(~is_most, 0.0).sum(dim=-1, keepdim=True)
+    wide = torch.where(is_most, 1.0 - others.sum(dim=-1, keepdim=True), wide)
+    grad_scores = scale * wide * (centred - (others * centred).sum(dim=-1, keepdim=True))
     return grad_scores.to(weights.dtype).contiguous()
 
 

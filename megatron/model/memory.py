@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron.config.model import ModelConfig
 from megatron.model.recompute_flops import UnitShape
+from megatron.parallel.linear_cross_entropy import tokens_at_a_time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +137,10 @@ def head_memory(
     )
     if not chunk_size:
         return norm + rows * columns * logit_bytes + gathered + rows * itemsize * hidden + itemsize * weight
-    chunk = min(chunk_size, rows)
-    forward = shard + 4 * weight + chunk * (columns * logit_bytes + 2 * itemsize * hidden)
-    scaling = 2 * shard + (4 + itemsize) * weight
+    chunk = min(tokens_at_a_time(chunk_size, hidden, in_place=fused), rows)
+    unit = 4 * rows * hidden if tensor == 1 else shard  # the input's gradient between forward and backward
+    forward = unit + 4 * weight + chunk * (columns * logit_bytes + 2 * itemsize * hidden)
+    scaling = unit + shard + (4 + itemsize) * weight
     return norm + max(forward, scaling)
 
 

@@ -80,12 +80,31 @@ class Arrivals:
         self.finish()
         self._pending = (chunk, pending)
 
+    def expect_product(self, chunk: slice, chunks: SequenceChunks, left: Tensor, right: Tensor) -> None:
+        """Expect left right, [tokens of the chunk, h], summed over ranks; one rank writes it in its place."""
+        place = self._to[chunk]
+        if chunks.group.size == 1:
+            _write_product(place.flatten(0, 1), left, right)
+        else:
+            summand = (left @ right).view(chunks.shards * place.shape[0], *place.shape[1:])
+            self.expect(chunk, chunks.reduce(summand))
+
     def finish(self) -> None:
         """Write what is under way."""
         if self._pending is not None:
             chunk, pending = self._pending
             self._to[chunk] = pending.wait()
             self._pending = None
+
+
+def _write_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    """Write left right, rounded to the type of the place alone."""
+    if to.dtype == left.dtype:
+        torch.mm(left, right, out=to)
+    elif to.device.type == "cuda":
+        torch.mm(left, right, out_dtype=to.dtype, out=to)
+    else:
+        torch.mm(left.to(to.dtype), right.to(to.dtype), out=to)
 
 
 def add_product(total: Tensor | None, grad: Tensor, rows: Tensor) -> Tensor:

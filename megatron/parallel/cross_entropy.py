@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron.parallel.collectives import reduce_from_group
+from megatron.parallel.collectives import start_all_gather
 from megatron.parallel.groups import Group
 
 CHUNK_ELEMENTS = 2**25
@@ -21,18 +20,23 @@ CHUNK_ELEMENTS = 2**25
 
 
 class ShardedSoftmax(Protocol):
-    """The two passes over one rank's columns of the logits, rows [n, v/t], that a cross entropy consists of.
+    """The passes over one rank's columns of the logits, rows [n, v/t], that a cross entropy consists of.
 
     Columns from `num_tokens` on are padding. A label's column outside of 0 .. num_tokens - 1 is on another rank.
     """
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether gradients take the place of the logits."""
+
     def serves(self, rows: Tensor) -> bool:
         """Whether it can work on such logits."""
 
-    def statistics(self, rows: Tensor, columns: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, fp32 [n] each: the highest logit (-inf of none), the sum of exp(logit - highest), the label's logit.
+    def statistics(self, rows: Tensor, columns: Tensor, num_tokens: int) -> Tensor:
+        """Return, fp32 [3, n]: the highest logit, the sum of exp(logit - highest) of the others, the label's logit.
 
-        The last is 0 where the label is not here.
+        They are -inf and 0 of no logits, and 0 where the label is not here. The others are all but one of the highest,
+        whose 1 would leave few of their digits in the sum where a token is nearly certain.
         """
 
     def gradient(self, rows: Tensor, columns: Tensor, log_sum: Tensor, scale: Tensor, num_tokens: int) -> Tensor:
@@ -41,19 +45,38 @@ class ShardedSoftmax(Protocol):
         `log_sum` is that of `token_losses`, [2, n], scale [n].
         """
 
+    def losses_and_gradient(
+        self, rows: Tensor, columns: Tensor, scale: Tensor, num_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the losses, fp32 [n], and `gradient` where this rank has the whole vocabulary."""
 
-def token_losses(highest: Tensor, exp_sum: Tensor, label_logit: Tensor) -> tuple[Tensor, Tensor]:
+    def rescaled(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return factor x gradient of another type, rounded once; the factor is one fp32 number."""
+
+
+def combine_over(group: Group, statistics_3n: Tensor) -> Tensor:
+    """Make the `ShardedSoftmax.statistics` of all ranks' columns of those of each; every rank gets the same bits."""
+    if group.size == 1:
+        return statistics_3n
+    highest_tn, others_tn, label_logit_tn = start_all_gather(statistics_3n.unsqueeze(0), group).wait().unbind(1)
+    highest, holder = highest_tn.max(dim=0)
+    share_tn = (highest_tn - highest).exp()
+    # The highest logits of the other ranks are now among the others.
+    others = (others_tn * share_tn + share_tn.scatter(0, holder.unsqueeze(0), 0.0)).sum(dim=0)
+    return torch.stack([highest, others, label_logit_tn.sum(dim=0)])
+
+
+def token_losses(statistics_3n: Tensor) -> tuple[Tensor, Tensor]:
     """Return the loss of each token, and the log of its softmax's denominator in two parts that are to be added.
 
     The parts stay apart, highest logit and the rest [2, n]: their sum has only the digits that a large logit leaves it,
     and the loss of a token that is nearly certain would be lost in it.
 
     Args:
-        highest: highest logit of each token, fp32 [n].
-        exp_sum: sum of exp(logit - highest), fp32 [n].
-        label_logit: fp32 [n].
+        statistics_3n: `ShardedSoftmax.statistics` of the whole vocabulary.
     """
-    log_exp_sum = exp_sum.log()
+    highest, others, label_logit = statistics_3n
+    log_exp_sum = others.log1p()
     return log_exp_sum + (highest - label_logit), torch.stack([highest, log_exp_sum])
 
 
@@ -86,7 +109,7 @@ def vocab_parallel_cross_entropy(
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Forward sums over the ranks; backward needs no collective, since each rank has the gradient of its own columns.
+    """Forward asks all ranks; backward needs no collective, since each rank has the gradient of its own columns.
 
     d loss / d logit_j = softmax_j - [j is the label].
     """
@@ -100,15 +123,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         num_tokens = min(max(vocab_size - first, 0), rows.shape[1])
         columns = labels_sb.flatten() - first
 
-        own_highest, exp_sum, label_logit = softmax.statistics(rows, columns, num_tokens)
-        highest = own_highest
-        if group.size > 1:
-            highest = own_highest.clone()
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group.handle)
-            exp_sum = exp_sum * (own_highest - highest).exp()
-        exp_sum, label_logit = reduce_from_group(torch.stack([exp_sum, label_logit]), group)
-        loss, log_sum = token_losses(highest, exp_sum, label_logit)
-
+        loss, log_sum = token_losses(combine_over(group, softmax.statistics(rows, columns, num_tokens)))
         ctx.save_for_backward(logits, columns, log_sum)
         ctx.num_tokens, ctx.softmax = num_tokens, softmax
         return loss.view_as(labels_sb)
@@ -125,21 +140,27 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 class PlainSoftmax:
     """`ShardedSoftmax` in plain torch, a chunk of rows at a time."""
 
+    overwrites = False
+
     def serves(self, rows: Tensor) -> bool:
         """Serve everything."""
         return True
 
-    def statistics(self, rows: Tensor, columns: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    def statistics(self, rows: Tensor, columns: Tensor, num_tokens: int) -> Tensor:
         """See `ShardedSoftmax`."""
         if num_tokens == 0:
             none = torch.zeros(rows.shape[0], device=rows.device)
-            return none - float("inf"), none, none
+            return torch.stack([none - float("inf"), none, none])
         is_here, columns = _here(columns, num_tokens)
-        highest = rows[:, :num_tokens].amax(dim=1).float()
+        highest, place = rows[:, :num_tokens].max(dim=1)
+        highest = highest.float()
         shift = highest.clamp(min=torch.finfo(torch.float32).min)  # a row of -inf has no share, which is not NaN
-        exp_sums = [_exp_shifted(rows[chunk, :num_tokens], shift[chunk]).sum(dim=1) for chunk in _chunks(rows)]
+        others = [
+            _exp_shifted(rows[chunk, :num_tokens], shift[chunk]).scatter_(1, place[chunk].unsqueeze(1), 0.0).sum(dim=1)
+            for chunk in _chunks(rows)
+        ]
         label_logits = rows.gather(1, columns.unsqueeze(1)).squeeze(1).float()
-        return highest, torch.cat(exp_sums), label_logits.masked_fill(~is_here, 0.0)
+        return torch.stack([highest, torch.cat(others), label_logits.masked_fill(~is_here, 0.0)])
 
     def gradient(self, rows: Tensor, columns: Tensor, log_sum: Tensor, scale: Tensor, num_tokens: int) -> Tensor:
         """See `ShardedSoftmax`; the logits stay as they are."""
@@ -148,13 +169,29 @@ class PlainSoftmax:
         if num_tokens == 0:
             return grad
         is_here, columns = _here(columns, num_tokens)
-        minus_label = -is_here.float().unsqueeze(1)
+        place = columns.unsqueeze(1)
+        label_logits = rows.gather(1, place).squeeze(1).float()
+        # The label's share less 1, with the digits that the difference would lose of a token that is nearly certain.
+        of_label = (label_logits - log_sum[0] - log_sum[1]).expm1()
+        of_label = torch.where(is_here, of_label, of_label + 1.0).unsqueeze(1)
         for chunk in _chunks(rows):
             softmax = _exp_shifted(rows[chunk, :num_tokens], *log_sum[:, chunk])
-            softmax.scatter_add_(1, columns[chunk].unsqueeze(1), minus_label[chunk])
+            softmax.scatter_(1, place[chunk], of_label[chunk])
             torch.mul(softmax, scale[chunk].unsqueeze(1), out=grad[chunk, :num_tokens])  # casts as it writes
             del softmax  # else it lives while the next one is made
         return grad
+
+    def losses_and_gradient(
+        self, rows: Tensor, columns: Tensor, scale: Tensor, num_tokens: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `ShardedSoftmax`."""
+        losses, log_sum = token_losses(self.statistics(rows, columns, num_tokens))
+        return losses, self.gradient(rows, columns, log_sum, scale, num_tokens)
+
+    def rescaled(self, gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `ShardedSoftmax`; in one pass and without an fp32 copy."""
+        # A factor with a dim takes part in the choice of the type of arithmetic, where a number would be rounded first.
+        return torch.mul(gradient, factor.view(1), out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _here(columns: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:

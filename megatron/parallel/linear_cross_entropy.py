@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron.parallel.chunks import Arrivals, SequenceChunks, add_product
-from megatron.parallel.collectives import start_all_gather
-from megatron.parallel.cross_entropy import PlainSoftmax, ShardedSoftmax, token_losses
+from megatron.parallel.cross_entropy import PlainSoftmax, ShardedSoftmax, combine_over, token_losses
 from megatron.parallel.groups import Group
 
 FP16_LIFT = 256.0
@@ -42,8 +41,8 @@ def linear_cross_entropy(
     """Sum over tokens of loss mask x -log softmax(hidden weight^T)[label], an fp32 scalar, the same on every rank.
 
     Forward computes the gradients of the sum, where autograd is on; backward multiplies them by the gradient that
-    arrives. The weight's are summed over the chunks in fp32 and rounded once, after that multiplication; the input's
-    are rounded before and after it.
+    arrives. The weight's are summed over the chunks in fp32 and rounded once, after that multiplication, and so are the
+    input's of one rank. Those of several, which travel in the input's type, are rounded before it too.
 
     Args:
         hidden: [s, b, h] the same on all ranks, or this rank's shard [s/t, b, h] with sequence parallelism.
@@ -52,21 +51,35 @@ def linear_cross_entropy(
         loss_mask_sb: weight of each token's loss, [s, b]; None: all ones.
         group: the ranks that share the vocabulary.
         vocab_size: columns that are tokens; the rest is padding and takes no part.
-        chunk_size: tokens whose logits exist at a time. A chunk is made of whole positions, of every rank's shard with
-            sequence parallelism, and has one at least.
+        chunk_size: tokens whose logits exist at a time; see `tokens_at_a_time`. A chunk is made of whole positions, of
+            every rank's shard with sequence parallelism, and has one at least.
         sequence_parallel: whether `hidden` is a shard of the sequence.
         softmax: computes the passes over the logits of a chunk; by default plain torch.
     """
+    if softmax is None or not softmax.serves(hidden):
+        softmax = PlainSoftmax()
+    wants_gradients = torch.is_grad_enabled()
+    if wants_gradients and weight.requires_grad:
+        chunk_size = tokens_at_a_time(chunk_size, weight.shape[1], in_place=softmax.overwrites)
     job = _Job(
         chunks=SequenceChunks(group=group, size=chunk_size, sequence_parallel=sequence_parallel),
         vocab_size=vocab_size,
-        softmax=softmax if softmax is not None and softmax.serves(hidden) else PlainSoftmax(),
-        wants_gradients=torch.is_grad_enabled(),
+        softmax=softmax,
+        wants_gradients=wants_gradients,
     )
     if loss_mask_sb is None:
         loss_mask_sb = torch.ones_like(labels_sb, dtype=torch.float32)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels_sb, loss_mask_sb, job)
     return loss
+
+
+def tokens_at_a_time(chunk_size: int, hidden_size: int, *, in_place: bool) -> int:
+    """Enlarge a chunk to what it may be at the same peak of memory, since each costs a pass over the weight's gradient.
+
+    Backward has that gradient in fp32 and once more in the weight's type: v x h numbers beside the sum, as many as the
+    logits of h tokens, where their gradient takes their place.
+    """
+    return max(chunk_size, hidden_size) if in_place else chunk_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,27 +96,22 @@ class _Job:
         shards = self.chunks.shards
         return of_sequence_sb.unflatten(0, (shards, of_sequence_sb.shape[0] // shards))[:, chunk].flatten()
 
-    def losses(self, logits_nv: Tensor, labels_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each token's loss [n], the log of its softmax's denominator [2, n], and its column on this rank."""
-        group = self.chunks.group
-        first = group.rank * logits_nv.shape[1]
-        columns = labels_n - first
-        statistics = torch.stack(self.softmax.statistics(logits_nv, columns, self.num_tokens(logits_nv)))
-        every_3 = start_all_gather(statistics.unsqueeze(0), group).wait() if group.size > 1 else None
-        highest, exp_sum, label_logit = statistics if every_3 is None else _join(every_3)
-        return *token_losses(highest, exp_sum, label_logit), columns
+    def unit_gradient(self, hidden: Tensor) -> Tensor:
+        """Make the place for the input's gradient, in fp32 where it does not travel."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32) if self.chunks.group.size == 1 else hidden.dtype
+        return torch.empty_like(hidden, dtype=dtype, memory_format=torch.contiguous_format)
 
-    def num_tokens(self, logits_nv: Tensor) -> int:
-        """Count this rank's columns that are no padding."""
-        columns = logits_nv.shape[1]
-        return min(max(self.vocab_size - self.chunks.group.rank * columns, 0), columns)
-
-
-def _join(statistics_t3n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Combine the ranks' highest logits, sums of exponentials relative to them, and labels' logits."""
-    highest_tn, exp_sum_tn, label_logit_tn = statistics_t3n.unbind(1)
-    highest = highest_tn.amax(dim=0)
-    return highest, (exp_sum_tn * (highest_tn - highest).exp()).sum(dim=0), label_logit_tn.sum(dim=0)
+    def losses(self, logits_nv: Tensor, labels_n: Tensor, scale_n: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return each token's loss [n] and scale x its gradient, which may overwrite the logits; None without scale."""
+        group, softmax, width = self.chunks.group, self.softmax, logits_nv.shape[1]
+        first = group.rank * width
+        columns, num_tokens = labels_n - first, min(max(self.vocab_size - first, 0), width)
+        if group.size == 1 and scale_n is not None:
+            return softmax.losses_and_gradient(logits_nv, columns, scale_n, num_tokens)
+        losses, log_sum = token_losses(combine_over(group, softmax.statistics(logits_nv, columns, num_tokens)))
+        if scale_n is None:
+            return losses, None
+        return losses, softmax.gradient(logits_nv, columns, log_sum, scale_n, num_tokens)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -113,20 +121,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels_sb: Tensor, mask_sb: Tensor, job: _Job) -> Tensor:
         wants_hidden, wants_weight = (wanted and job.wants_gradients for wanted in ctx.needs_input_grad[:2])
         lift = FP16_LIFT if hidden.dtype == torch.float16 else 1.0
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_hidden = job.unit_gradient(hidden) if wants_hidden else None
         grad_weight = None
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         arrivals = None if grad_hidden is None else Arrivals(grad_hidden)
         for chunk, whole in job.chunks.gathered(hidden):
             rows, mask = whole.flatten(0, 1), job.pick(mask_sb, chunk).float()
             logits = rows @ weight.t()
-            losses, log_sum, columns = job.losses(logits, job.pick(labels_sb, chunk))
+            scale = mask * lift if wants_hidden or wants_weight else None
+            losses, grad_logits = job.losses(logits, job.pick(labels_sb, chunk), scale)
             loss_sum += (losses * mask).sum()
-            if not (wants_hidden or wants_weight):
+            if grad_logits is None:
                 continue
-            grad_logits = job.softmax.gradient(logits, columns, log_sum, mask * lift, job.num_tokens(logits))
             if arrivals is not None:
-                arrivals.expect(chunk, job.chunks.reduce((grad_logits @ weight).view_as(whole)))
+                arrivals.expect_product(chunk, job.chunks, grad_logits, weight)
             if wants_weight:
                 grad_weight = add_product(grad_weight, grad_logits, rows)
             del logits, grad_logits  # else they live while the next chunk's are made
@@ -135,20 +143,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if wants_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.lift, ctx.dtype = lift, weight.dtype
+        ctx.lift, ctx.dtypes, ctx.softmax = lift, (hidden.dtype, weight.dtype), job.softmax
         return loss_sum
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         unit_hidden, unit_weight = ctx.saved_tensors
-        scale = grad_loss.float() / ctx.lift
-        grad_hidden = None if unit_hidden is None else _scaled(unit_hidden, scale, unit_hidden.dtype)
-        grad_weight = None if unit_weight is None else _scaled(unit_weight, scale, ctx.dtype)
+        scale, rescaled = grad_loss.float() / ctx.lift, ctx.softmax.rescaled
+        grad_hidden = None if unit_hidden is None else rescaled(unit_hidden, scale, ctx.dtypes[0])
+        grad_weight = None if unit_weight is None else rescaled(unit_weight, scale, ctx.dtypes[1])
         return grad_hidden, grad_weight, None, None, None
-
-
-def _scaled(unit: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply in fp32 and round once, in one pass and without an fp32 copy."""
-    # A scale with a dim takes part in the choice of the type of arithmetic, where a number would be rounded first.
-    return torch.mul(unit, scale.view(1), out=torch.empty_like(unit, dtype=dtype))

@@ -69,6 +69,18 @@ def test_blocks_of_backward_take_many_rows_in_turn(columns, centred, device):
     check(device, rows, columns, torch.bfloat16, torch.bfloat16, centred=centred, added=centred)
 
 
+@pytest.mark.parametrize(("columns", "shared_kib"), [(264, 64), (8208, 80)])
+def test_a_gpu_with_less_shared_memory_keeps_fewer_rows_on_their_way(columns, shared_kib, monkeypatch):
+    monkeypatch.setenv("EMULATED_SHARED_BYTES", str(shared_kib * 1024))
+    check("cpu", 9, columns, torch.bfloat16, torch.bfloat16, centred=True, added=True)
+
+
+def test_a_gpu_with_too_little_shared_memory_is_told_the_way_out(monkeypatch):
+    monkeypatch.setenv("EMULATED_SHARED_BYTES", str(48 * 1024))
+    with pytest.raises(ValueError, match="over 16384 columns: run with --no-norm-fusion"):
+        check("cpu", 1, 16384, torch.bfloat16, torch.bfloat16, centred=True, added=False)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_stream_handed_on_by_its_norm_adds_both_gradients(device, dtype):

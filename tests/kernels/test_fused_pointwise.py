@@ -1,6 +1,7 @@
 """Fused activations, rotation and cross entropy, forward and backward."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -163,9 +164,13 @@ def loss_and_gradient(logits, labels, weight, num_tokens):
     softmax = FusedSoftmax()
     assert softmax.serves(logits)
     rows = logits.clone(memory_format=torch.preserve_format)
-    highest, exp_sum, label_logit = softmax.statistics(rows, labels, num_tokens)
-    loss, log_sum = token_losses(highest, exp_sum, label_logit)
+    loss, log_sum = token_losses(softmax.statistics(rows, labels, num_tokens))
     return loss, softmax.gradient(rows, labels, log_sum, weight, num_tokens)
+
+
+def loss_and_gradient_at_once(logits, labels, weight, num_tokens):
+    rows = logits.clone(memory_format=torch.preserve_format)
+    return FusedSoftmax().losses_and_gradient(rows, labels, weight, num_tokens)
 
 
 def torchs_loss_and_gradient(logits, labels, weight):
@@ -174,26 +179,35 @@ def torchs_loss_and_gradient(logits, labels, weight):
     return loss.detach(), *torch.autograd.grad(loss, logits, weight)
 
 
+def exact_loss_and_gradient(logits, labels, weight):
+    """In fp64, where next to a label that is nearly certain torch's own would lose digits too."""
+    logits, label = logits.double(), labels.unsqueeze(1)
+    highest, place = logits.max(dim=1, keepdim=True)
+    log_sum = (logits - highest).exp().scatter(1, place, 0.0).sum(dim=1, keepdim=True).log1p()
+    exponents = logits - highest - log_sum
+    grad = exponents.exp().scatter(1, label, exponents.expm1().gather(1, label))
+    return -exponents.gather(1, label).squeeze(1), weight.double().unsqueeze(1) * grad
+
+
 def check_cross_entropy(device, rows, columns, num_tokens, dtype, *, scale=5.0, stride=None, beside_torch=False):
     """Hold loss and gradient against fp64; `beside_torch`: or against torch's own in fp32, where that is farther."""
     logits = draw((rows, stride or columns), dtype, device, 1, scale)[:, :columns]
     labels = torch.randint(num_tokens, (rows,), generator=torch.Generator().manual_seed(2)).to(device)
     weight = draw((rows,), device=device, seed=3)
-    with kernels_on(device):
-        loss, grad = loss_and_gradient(logits, labels, weight, num_tokens)
-        again = loss_and_gradient(logits, labels, weight, num_tokens)
-    (expected, expected_grad), (torchs, torchs_grad) = (
-        torchs_loss_and_gradient(logits[:, :num_tokens].to(wide), labels, weight.to(wide))
-        for wide in (torch.float64, torch.float32)
-    )
-    assert torch.equal(loss, again[0])
-    assert torch.equal(grad, again[1])
+    expected, expected_grad = exact_loss_and_gradient(logits[:, :num_tokens], labels, weight)
+    torchs, torchs_grad = torchs_loss_and_gradient(logits[:, :num_tokens].float(), labels, weight)
     of_torch = 1.1 * relative_error(torchs, expected), 1.1 * relative_error(torchs_grad, expected_grad)
     loss_slack, grad_slack = of_torch if beside_torch else (0.0, 0.0)
-    assert relative_error(loss, expected) < max(2e-6, loss_slack)
     resolution = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
-    assert relative_error(grad[:, :num_tokens], expected_grad) < max(resolution, grad_slack)
-    assert not grad[:, num_tokens:].any()
+    for function in (loss_and_gradient, loss_and_gradient_at_once):
+        with kernels_on(device):
+            loss, grad = function(logits, labels, weight, num_tokens)
+            again = function(logits, labels, weight, num_tokens)
+        assert torch.equal(loss, again[0])
+        assert torch.equal(grad, again[1])
+        assert relative_error(loss, expected) < max(2e-6, loss_slack)
+        assert relative_error(grad[:, :num_tokens], expected_grad) < max(resolution, grad_slack)
+        assert not grad[:, num_tokens:].any()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -207,17 +221,66 @@ def test_cross_entropy_and_its_gradient_are_exact(columns, num_tokens, stride, d
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("function", [loss_and_gradient, loss_and_gradient_at_once])
+@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 2e-6), (torch.bfloat16, 2.0**-7)])
+@pytest.mark.parametrize("columns", [2, 30, 640, 4097])
+def test_loss_and_gradient_of_a_token_that_is_nearly_certain_keep_their_digits(
+    columns, dtype, allowed, function, device
+):
+    """What the others have, from 1 to 1e-14, would be lost beside 1. The label comes first, last, or is not the one."""
+    margins = torch.tensor([0.0, 3.0, 8.0, 16.0, 24.0, 32.0] * 2)
+    labels = torch.tensor([0] * 6 + [columns - 1] * 6)
+    logits = draw((12, columns), seed=4).mul(0.5).round().div(4.0) + 256.0
+    logits = (logits - margins.unsqueeze(1)).scatter(1, labels.unsqueeze(1), 256.0)
+    labels[5] = columns - 1
+    logits, labels, weight = logits.to(device, dtype), labels.to(device), draw((12,), device=device, seed=3)
+    with kernels_on(device):
+        loss, grad = function(logits, labels, weight, columns)
+    exact, exact_grad = exact_loss_and_gradient(logits, labels, weight)
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=allowed, atol=1e-36)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_equal_highest_logits_share_the_probability(device):
+    rows = torch.full((3, 1100), float("-inf"), device=device)
+    rows[0, [3, 1099]], rows[1, 4:8], rows[2, 77] = 5.0, -7.0, 1e30
+    labels, weight = torch.tensor([3, 7, 77], device=device), torch.ones(3, device=device)
+    for function in (loss_and_gradient, loss_and_gradient_at_once):
+        with kernels_on(device):
+            loss, grad = function(rows, labels, weight, 1100)
+        torch.testing.assert_close(loss.tolist(), [math.log(2), math.log(4), 0.0])
+        torch.testing.assert_close(grad[0, [3, 1099]].tolist(), [-0.5, 0.5])
+        torch.testing.assert_close(grad[1, 4:8].tolist(), [0.25, 0.25, 0.25, -0.75])
+        assert not grad[2].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("target", TYPES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("count", [0, 3, 4097, 16400])
+def test_a_gradient_is_scaled_in_fp32_and_rounded_once(count, dtype, target, device):
+    gradient = draw((count + 1,), dtype, device)
+    factor = torch.tensor(2.0**-9 / 3, device=device)
+    for start in (0, 1):  # aligned for vectors, and not
+        given = gradient[start : count + start]
+        with kernels_on(device):
+            found = FusedSoftmax().rescaled(given, factor, target)
+        assert torch.equal(found, (given.float() * factor).to(target))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_huge_logits_shards_of_padding_and_foreign_labels(device):
     rows = torch.tensor([[1e6, -1e6, 0.0, 3e38], [float("-inf"), 2.0, 2.0, float("-inf")]], device=device)
     labels = torch.tensor([3, -100], device=device)
     weight = torch.ones(2, device=device)
     with kernels_on(device):
         loss, grad = loss_and_gradient(rows, labels, weight, 4)
-        highest, exp_sum, label_logit = FusedSoftmax().statistics(rows, labels, 0)
+        highest, others, label_logit = FusedSoftmax().statistics(rows, labels, 0)
         nothing = FusedSoftmax().gradient(rows.clone(), labels, torch.stack([loss, loss]), weight, 0)
     assert loss[0] == 0
     assert grad.tolist() == [[0, 0, 0, 0], [0, 0.5, 0.5, 0]]
-    assert label_logit.tolist() == exp_sum.tolist() == [0, 0]
+    assert label_logit.tolist() == others.tolist() == [0, 0]
     assert highest.tolist() == [float("-inf")] * 2
     assert not nothing.any()
 
@@ -227,14 +290,16 @@ def test_a_nan_among_the_logits_shows_in_the_loss(device):
     rows = torch.full((2, 64), float("-inf"), device=device)
     rows[0, 5], rows[1, 7] = float("nan"), 1.0
     with kernels_on(device):
-        highest, exp_sum, _ = FusedSoftmax().statistics(rows, torch.zeros(2, dtype=torch.long, device=device), 64)
-    assert (highest + exp_sum.log()).isnan().tolist() == [True, False]
+        highest, others, _ = FusedSoftmax().statistics(rows, torch.zeros(2, dtype=torch.long, device=device), 64)
+    assert (highest + others.log1p()).isnan().tolist() == [True, False]
 
 
 def test_cross_entropy_operators_keep_what_they_promise_torch():
     rows, labels = draw((3, 12)), torch.tensor([0, 11, 3])
     opcheck(cross_entropy._statistics.overload, (rows, labels, 11))
     opcheck(cross_entropy._gradient.overload, (rows, labels, torch.ones(2, 3), torch.ones(3), 11))
+    opcheck(cross_entropy._losses_and_gradient.overload, (rows, labels, torch.ones(3), 11))
+    opcheck(cross_entropy._rescaled.overload, (rows, torch.tensor(0.5), torch.bfloat16))
 
 
 # ---- on a GPU, through torch's dispatcher
@@ -255,3 +320,5 @@ def test_operators_on_a_gpu_keep_what_they_promise_torch():
     ones, log_sum = torch.ones(3, device="cuda"), torch.ones(2, 3, device="cuda")
     opcheck(cross_entropy._statistics.overload, (rows, labels, 11))
     opcheck(cross_entropy._gradient.overload, (rows, labels, log_sum, ones, 11))
+    opcheck(cross_entropy._losses_and_gradient.overload, (rows, labels, ones, 11))
+    opcheck(cross_entropy._rescaled.overload, (rows, ones[:1], torch.bfloat16))

@@ -39,6 +39,12 @@ def exact_gradient(weights, grad, scale):
     return scale * weights * (grad - (weights * grad).sum(dim=-1, keepdim=True))
 
 
+def true_gradient(weights, grad, scale):
+    """Of weights that sum to one. Less the largest one's gradient nothing cancels, which takes digits in fp64 too."""
+    grad = grad.double()
+    return exact_gradient(weights, grad - grad.gather(-1, weights.argmax(dim=-1, keepdim=True)), scale)
+
+
 def check(device, shape, dtype, *, causal=False, masked=False, scale=0.3):
     """Weights beside fp64 and the twin; gradient beside fp64 and torch's own, and beside its formula in fp64."""
     batch, _, queries, keys = shape
@@ -55,10 +61,8 @@ def check(device, shape, dtype, *, causal=False, masked=False, scale=0.3):
     assert torch.equal(grad_scores, again[1]), "differs between two runs"
     exact, resolution = plain(scores.double()), torch.finfo(dtype).eps
     assert relative_error(weights, exact) <= 1.1 * relative_error(plain(scores), exact) + max(resolution / 20, 4e-7)
-    exact_grad, torch_grad = (
-        gradients(functools.partial(torch_softmax, scale=scale, causal=causal, mask=mask), [x], [grad])[1]
-        for x in (scores.double(), scores)
-    )
+    exact_grad = true_gradient(exact, grad, scale)
+    torch_grad = gradients(functools.partial(torch_softmax, scale=scale, causal=causal, mask=mask), [scores], [grad])[1]
     # Both round weights and gradients to the same type, by chance not all of them alike: of few numbers that shows.
     chance = 3 / grad.numel() ** 0.5
     allowed = (1.1 + chance) * relative_error(torch_grad, exact_grad) + max(resolution / 20, 4e-7)
@@ -90,6 +94,37 @@ def test_long_rows(keys, device):
 @pytest.mark.parametrize("keys", [512, 1024, 2048, 4096, 8192, 16384])
 def test_square_causal_scores(keys):
     check("cuda", (1, 2, min(keys, 2048), keys), torch.bfloat16, causal=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("dtype", "margins", "allowed"),
+    [
+        (torch.float32, [3.0, 9.0, 15.0], 4e-6),
+        (torch.bfloat16, [3.0, 9.0, 15.0], 2.0**-7),
+        (torch.float16, [2.0, 4.0, 6.0], 2.0**-10),
+    ],
+)
+@pytest.mark.parametrize("keys", [8, 37, 264, 1032, 4100])
+def test_the_gradient_of_a_row_that_is_nearly_certain_keeps_its_digits(keys, dtype, margins, allowed, device):
+    """Some keys a margin below one, the rest far below; the weight near 1 has lost what it differs from 1 by."""
+    scores = torch.full((1, 1, len(margins), keys), -3e4, dtype=dtype, device=device)
+    for row, margin in enumerate(margins):
+        scores[..., row, 1:5] = 3.0 - margin
+        scores[..., row, keys - 1 - row] = 3.0
+    grad = draw(scores.shape, dtype, device, 2)
+    with kernels_on(device):
+        _, found = gradients(fused_scaled_softmax, [scores], [grad])
+    exact = true_gradient(scaled_softmax(scores.double()), grad, 1.0)
+    for row in range(len(margins)):
+        assert relative_error(found[..., row, :], exact[..., row, :]) <= allowed
+
+
+def test_the_gradient_on_a_cpu_keeps_the_digits_of_a_nearly_certain_row():
+    scores, grad = torch.tensor([[[[17.0, 1.0, 0.0]]]]), torch.tensor([[[[1.5, -1.0, 0.25]]]])
+    _, found = gradients(fused_scaled_softmax, [scores], [grad])
+    exact = true_gradient(scaled_softmax(scores.double()), grad, 1.0)
+    torch.testing.assert_close(found, exact.float(), rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -27,11 +29,25 @@ namespace emulated {
 
 constexpr int kWarpSize = 32;
 constexpr int kStackBytes = 96 * 1024;
-constexpr int kBarriers = 16;
+constexpr int kSharedBytes = 227 * 1024;
 
 struct Barrier {
   int arrived = 0;
   long long generation = 0;
+};
+
+struct Copy {
+  void* to;
+  const void* from;  // none: zeros
+  int bytes;
+
+  void arrive() const {
+    if (from == nullptr) {
+      std::memset(to, 0, bytes);
+    } else {
+      std::memcpy(to, from, bytes);
+    }
+  }
 };
 
 struct Fiber {
@@ -40,12 +56,14 @@ struct Fiber {
   uint3 index;
   int linear;
   bool is_done;
+  std::deque<std::vector<Copy>> copies;  // groups that are on their way; the last one is open
 };
 
 inline uint3 thread, block;
 inline dim3 block_size, grid_size;
 inline std::vector<Fiber> fibers;
-inline std::vector<Barrier> barriers(kBarriers), warp_barriers;
+inline Barrier barrier;
+inline std::vector<Barrier> warp_barriers;
 inline std::vector<float> exchanged;
 inline std::vector<char> dynamic;
 inline ucontext_t scheduler;
@@ -53,6 +71,12 @@ inline Fiber* running;
 inline int alive;
 inline bool has_moved;  // whether anything but waiting happened in this round
 inline std::function<void()> body;
+
+// Shared memory of a block; tests make it less.
+inline int shared_bytes() {
+  const char* given = std::getenv("EMULATED_SHARED_BYTES");
+  return given == nullptr ? kSharedBytes : std::atoi(given);
+}
 
 inline std::uint32_t random_number() {
   static std::uint32_t state = 1;
@@ -93,15 +117,24 @@ inline void wait_for_warp() {
   arrive(warp_barriers[warp], [warp] { return alive_in_warp(warp); });
 }
 
+// The value that the thread of this number in the block has.
 template <typename T>
-T shuffle_xor(T value, int step) {
-  const int linear = running->linear;
-  std::memcpy(&exchanged[linear], &value, sizeof value);
+T value_of(int other_thread, T value) {
+  std::memcpy(&exchanged[running->linear], &value, sizeof value);
   wait_for_warp();
   T other;
-  std::memcpy(&other, &exchanged[linear ^ step], sizeof other);
+  std::memcpy(&other, &exchanged[other_thread], sizeof other);
   wait_for_warp();
   return other;
+}
+
+template <typename T>
+T shuffle_xor(T value, int step) {
+  return value_of(running->linear ^ step, value);
+}
+
+inline float shuffle(float value, int lane) {
+  return value_of(running->linear / kWarpSize * kWarpSize + lane, value);
 }
 
 // Bytes of `low` (0 .. 3) and `high` (4 .. 7), as the digits of `selector` name them.
@@ -125,7 +158,7 @@ inline void start_block() {
   fibers.resize(count);
   exchanged.assign(count + kWarpSize, 0.0f);
   warp_barriers.assign((count + kWarpSize - 1) / kWarpSize, Barrier{});
-  barriers.assign(kBarriers, Barrier{});
+  barrier = Barrier{};
   alive = count;
   for (int i = 0; i < count; ++i) {
     Fiber& fiber = fibers[i];
@@ -133,6 +166,7 @@ inline void start_block() {
     fiber.index = {i % block_size.x, i / block_size.x % block_size.y, i / (block_size.x * block_size.y)};
     fiber.linear = i;
     fiber.is_done = false;
+    fiber.copies.assign(1, {});
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -169,12 +203,13 @@ inline void run_block() {
 
 inline float __shfl_xor_sync(unsigned, float value, int step) { return emulated::shuffle_xor(value, step); }
 inline unsigned __shfl_xor_sync(unsigned, unsigned value, int step) { return emulated::shuffle_xor(value, step); }
+inline float __shfl_sync(unsigned, float value, int lane) { return emulated::shuffle(value, lane); }
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   return emulated::chosen_bytes(low, high, selector);
 }
 inline void __syncwarp() { emulated::wait_for_warp(); }
 inline void __syncthreads() {
-  emulated::arrive(emulated::barriers[0], [] { return emulated::alive; });
+  emulated::arrive(emulated::barrier, [] { return emulated::alive; });
 }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
@@ -189,8 +224,10 @@ __attribute__((weak)) cudaError_t cudaGetDevice(int* device) { return *device = 
 __attribute__((weak)) cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 __attribute__((weak)) cudaError_t cudaGetLastError() { return cudaSuccess; }
 __attribute__((weak)) const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
-__attribute__((weak)) cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = 3, cudaSuccess;  // multiprocessors: few, so that blocks take several turns
+__attribute__((weak)) cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+  constexpr int kMultiprocessors = 3;  // few, so that blocks take several turns
+  *value = name == cudaDevAttrMaxSharedMemoryPerBlockOptin ? emulated::shared_bytes() : kMultiprocessors;
+  return cudaSuccess;
 }
 }
 
@@ -198,8 +235,20 @@ namespace megatron {
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 
-inline void wait_for_group(int barrier, int threads) {
-  emulated::arrive(emulated::barriers[barrier], [threads] { return threads; });
+// Copies arrive when they are waited for, no earlier.
+template <int kBytes>
+void start_copy(void* shared, const void* global, bool is_wanted) {
+  emulated::running->copies.back().push_back({shared, is_wanted ? global : nullptr, kBytes});
+}
+
+inline void close_copies() { emulated::running->copies.emplace_back(); }
+
+template <int kPending>
+void wait_for_copies() {
+  auto& groups = emulated::running->copies;
+  for (; groups.size() > kPending + 1; groups.pop_front()) {
+    for (const auto& copy : groups.front()) copy.arrive();
+  }
 }
 
 template <typename T>
@@ -212,6 +261,9 @@ struct Place;
 template <typename... Parameters, typename... Arguments>
 void launch(const char*, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, const Place&,
             Arguments... arguments) {
+  if (shared_bytes > static_cast<std::size_t>(emulated::shared_bytes())) {
+    throw std::runtime_error("a block has no such shared memory");
+  }
   emulated::grid_size = grid;
   emulated::block_size = block;
   emulated::dynamic.assign(shared_bytes, '\x7f');

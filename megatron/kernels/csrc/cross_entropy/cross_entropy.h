@@ -11,7 +11,8 @@ namespace megatron {
 struct CrossEntropy {
   std::uintptr_t logits;
   std::uintptr_t label_columns;  // int64 [rows]; outside of 0 .. num_tokens - 1: the label is not here
-  std::uintptr_t statistics;     // forward, fp32 [3, rows]: highest logit, sum of exp(logit - highest), label's logit
+  std::uintptr_t statistics;     // forward, fp32 [3, rows]: highest logit, the others' sum of exp(logit - it), label's
+  std::uintptr_t losses;         // both at once, fp32 [rows]
   std::uintptr_t log_sum;        // backward, fp32 [2, rows]: highest logit, log of the sum of exp(logit - highest)
   std::uintptr_t scale;          // backward, fp32 [rows]
   std::uintptr_t grad;           // backward, may be `logits`; rows are `columns` apart unless it is
@@ -19,7 +20,16 @@ struct CrossEntropy {
   int columns, num_tokens;
 };
 
+// `count` numbers side by side.
+struct Rescaling {
+  std::uintptr_t from, to;
+  std::uintptr_t factor;  // one fp32 number
+  std::int64_t count;
+};
+
 void cross_entropy_statistics(const CrossEntropy& call, int type, const Place& place);
 void cross_entropy_gradient(const CrossEntropy& call, int type, const Place& place);
+void cross_entropy_loss_and_gradient(const CrossEntropy& call, int type, const Place& place);
+void rescale_gradient(const Rescaling& call, int from, int to, const Place& place);
 
 }  // namespace megatron

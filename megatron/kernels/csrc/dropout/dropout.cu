@@ -14,7 +14,8 @@ namespace {
 
 constexpr int kAcross = 32;  // threads of a block beside each other
 constexpr int kDown = 8;     // and below
-constexpr int kBlocksEach = 4;
+constexpr int kForwardBlocks = 4;   // on a multiprocessor
+constexpr int kBackwardBlocks = 3;  // with registers for rows that are on their way
 constexpr int kSteps = 1 << 16;  // values of an element's 16 bits
 constexpr int kDraws = 8;        // elements of one counter
 
@@ -67,7 +68,7 @@ __device__ __forceinline__ Rows rows_of_chunk(const Dropout& call) {
 }
 
 template <typename X, typename R, int kSize>
-__global__ void __launch_bounds__(kAcross* kDown, kBlocksEach) forward(Dropout call, Drop drop) {
+__global__ void __launch_bounds__(kAcross* kDown, kForwardBlocks) forward(Dropout call, Drop drop) {
   constexpr int kAtOnce = 2;
   wait_for_former_kernel();
   const X* __restrict__ x = reinterpret_cast<const X*>(call.x);
@@ -112,36 +113,48 @@ __global__ void __launch_bounds__(kAcross* kDown, kBlocksEach) forward(Dropout c
   }
 }
 
+// A thread's part of its next rows of one tensor.
+template <typename T, int kSize, int kRows>
+struct RowParts {
+  Packed<T, kSize> of[kRows];
+
+  // Loads from element `at` on as many as there are, every kDown-th of the `left` rows.
+  __device__ __forceinline__ void load(const T* __restrict__ from, std::int64_t at, std::int64_t below, int left) {
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+      if (n * kDown < left) of[n] = Packed<T, kSize>::load(from + at + n * below);
+    }
+  }
+};
+
 template <typename X, typename R, int kSize>
-__global__ void __launch_bounds__(kAcross* kDown, kBlocksEach) backward(Dropout call, Drop drop) {
+__global__ void __launch_bounds__(kAcross* kDown, kBackwardBlocks) backward(Dropout call, Drop drop) {
   constexpr int kAtOnce = 2;
   __shared__ float shared[kDown][kAcross * kSize];
   wait_for_former_kernel();
   let_next_kernel_come();
   const R* __restrict__ grad_out = reinterpret_cast<const R*>(call.grad_out);
   X* __restrict__ grad_x = reinterpret_cast<X*>(call.grad_x);
-  const std::uint64_t key = *reinterpret_cast<const std::uint64_t*>(call.key);
   const int column = (blockIdx.x * kAcross + threadIdx.x) * kSize;
-  const bool is_here = column < call.columns;
-  float sums[kSize] = {};
   const Rows rows = rows_of_chunk(call);
-  int left = is_here ? static_cast<int>(rows.end - rows.begin) - threadIdx.y : 0;
+  int left = column < call.columns ? static_cast<int>(rows.end - rows.begin) - threadIdx.y : 0;
   const std::int64_t below = static_cast<std::int64_t>(kDown) * call.columns;
   std::int64_t at = (rows.begin + threadIdx.y) * call.columns + column;
+  RowParts<R, kSize, kAtOnce> grads, next;
+  next.load(grad_out, at, below, left);
+  const std::uint64_t key = *reinterpret_cast<const std::uint64_t*>(call.key);
   std::uint64_t place = static_cast<std::uint64_t>(call.first + at);
+  float sums[kSize] = {};
   for (; left > 0; left -= kAtOnce * kDown, at += kAtOnce * below, place += kAtOnce * below) {
-    Packed<R, kSize> grads[kAtOnce];
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      if (n * kDown < left) grads[n] = Packed<R, kSize>::load(grad_out + at + n * below);
-    }
+    grads = next;
+    next.load(grad_out, at + kAtOnce * below, below, left - kAtOnce * kDown);
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
       if (n * kDown < left) {
         float grad[kSize];
         bool is_kept[kSize];
         draw(key, place + n * below, drop.threshold, is_kept);
-        grads[n].unpack(grad);
+        grads.of[n].unpack(grad);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
           grad[i] = is_kept[i] ? drop.growth * grad[i] : 0.0f;
@@ -170,6 +183,7 @@ __global__ void __launch_bounds__(kWarp* kSumRows) sum_chunks(const float* parti
   __shared__ float shared[kWarp * kSumRows];
   const int column = blockIdx.x * kWarp + threadIdx.x;
   wait_for_former_kernel();
+  let_next_kernel_come();
   const float sum = column_sum(partial, chunks, columns, column, shared);
   if (threadIdx.y == 0 && column < columns) grad_bias[column] = from_float<T>(sum);
 }
@@ -202,11 +216,12 @@ dim3 grid_of(const Dropout& call, int size) {
 
 }  // namespace
 
-int dropout_chunks(std::int64_t rows, int columns, int x_type, int device) {
+int dropout_chunks(std::int64_t rows, int columns, int x_type, bool backward, int device) {
   int chunks = 1;
+  const int blocks = (backward ? kBackwardBlocks : kForwardBlocks) * multiprocessors(device);
   with_type(x_type, [&](auto x) {
     const std::int64_t across = ceil_div(columns, kAcross * vector_size<typename decltype(x)::type>);
-    const std::int64_t wanted = std::max<std::int64_t>(1, kBlocksEach * multiprocessors(device) / across);
+    const std::int64_t wanted = std::max<std::int64_t>(1, blocks / across);
     chunks = static_cast<int>(std::clamp<std::int64_t>(ceil_div(rows, kDown), 1, wanted));
   });
   return chunks;

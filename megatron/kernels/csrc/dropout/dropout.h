@@ -22,6 +22,6 @@ struct Dropout {
 void dropout_forward(const Dropout& call, int x_type, int residual_type, const Place& place);
 void dropout_backward(const Dropout& call, int x_type, int residual_type, const Place& place);
 
-int dropout_chunks(std::int64_t rows, int columns, int x_type, int device);
+int dropout_chunks(std::int64_t rows, int columns, int x_type, bool backward, int device);
 
 }  // namespace megatron

@@ -10,16 +10,48 @@ constexpr int kMostWarps = 32;
 constexpr int kSumRows = 8;  // threads of a block beside each other in a column of `column_sum`
 
 #ifdef __CUDACC__
-// Waits for `threads` threads, whole warps, that name the same `barrier` (1 .. 15; 0 is that of the whole block).
-__device__ __forceinline__ void wait_for_group(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // The shared memory whose size is chosen at launch.
 template <typename T>
 __device__ __forceinline__ T* dynamic_shared() {
   extern __shared__ float4 dynamic_shared_memory[];
   return reinterpret_cast<T*>(dynamic_shared_memory);
+}
+
+// Copies kBytes, 4, 8 or 16, from global to shared memory, or writes as many zeros and reads nothing: in the background
+// where the GPU can (from Ampere on). Only the thread that asked may rely on them, once it has waited.
+template <int kBytes>
+__device__ __forceinline__ void start_copy(void* shared, const void* global, bool is_wanted) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int given = is_wanted ? kBytes : 0;
+  if constexpr (kBytes == 16) {  // past the first cache, which smaller ones cannot go
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(given) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(global), "n"(kBytes), "r"(given)
+                 : "memory");
+  }
+#else
+  if (is_wanted) {
+    memcpy(__builtin_assume_aligned(shared, kBytes), __builtin_assume_aligned(global, kBytes), kBytes);
+  } else {
+    memset(__builtin_assume_aligned(shared, kBytes), 0, kBytes);
+  }
+#endif
+}
+
+// Closes a group of copies, which may be empty.
+__device__ __forceinline__ void close_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all groups of this thread but the last kPending.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
 }
 #endif
 
@@ -35,30 +67,43 @@ __device__ __forceinline__ float warp_max(float value) {
   return value;
 }
 
-// Sums kValues numbers over the threads of one row of the block (threadIdx.y); every thread gets the sums.
-// `scratch` holds kValues x warps of the row and must not be written again before all have read it: callers that come
-// back alternate between two. A block with several rows of several warps needs a barrier for each row, and named ones
-// are scarce: few such blocks fit on a multiprocessor. Others say so with kSharesBlock = false.
-template <bool kSharesBlock, int kValues>
+// Sums kValues numbers, a power of two, over the threads of a block with the same threadIdx.y, of at most kMostRowWarps
+// warps; every thread gets the sums. All threads of the block come here together. `scratch` holds kValues x warps and
+// must not be written again before all have read it: callers that come back alternate between two.
+template <int kMostRowWarps = 16, int kValues>
 __device__ __forceinline__ void row_sum(float (&values)[kValues], float* scratch) {
+  constexpr int kWidth = kWarp / kValues;  // lanes that end up with the same sum
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int own = lane / kWidth;  // which one
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) values[i] = warp_sum(values[i]);
-  const int warps = blockDim.x / kWarp;
-  if (warps == 1) return;
-  const int warp = threadIdx.x / kWarp;
-  if (threadIdx.x % kWarp == 0) {
+  for (int step = kWarp / 2, count = kValues; step > 0; step /= 2) {
+    if (count > 1) {  // each half of the lanes takes half of the sums: few exchanges for all of them
+      count /= 2;
+      const bool is_upper = lane & step;
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) scratch[i * warps + warp] = values[i];
+      for (int i = 0; i < count; ++i) {
+        const float kept = is_upper ? values[i + count] : values[i], given = is_upper ? values[i] : values[i + count];
+        values[i] = kept + __shfl_xor_sync(0xffffffffu, given, step);
+      }
+    } else {
+      values[0] += __shfl_xor_sync(0xffffffffu, values[0], step);
+    }
   }
-  if (kSharesBlock && blockDim.y > 1) {
-    wait_for_group(1 + threadIdx.y, blockDim.x);
-  } else {
+  float sum = values[0];
+  if (warps > 1) {
+    if (lane % kWidth == 0) scratch[own * warps + warp] = sum;
     __syncthreads();
-  }
-  // One more warp sum instead of a serial one: all warps read the same few words.
-  const int lane = threadIdx.x % kWarp;
+    sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) values[i] = warp_sum(lane < warps ? scratch[i * warps + lane] : 0.0f);
+    for (int some = 0; some < kMostRowWarps; some += kWidth) {
+      const int other = some + lane % kWidth;
+      if (other < warps) sum += scratch[own * warps + other];
+    }
+#pragma unroll
+    for (int step = kWidth / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  }
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) values[i] = kValues == 1 ? sum : __shfl_sync(0xffffffffu, sum, i * kWidth);
 }
 
 // Sums the rows of partial [rows, columns] for one column; blocks of (kWarp, kSumRows) threads, whose sums `shared`
@@ -67,11 +112,11 @@ __device__ __forceinline__ void row_sum(float (&values)[kValues], float* scratch
 __device__ __forceinline__ float column_sum(const float* partial, int rows, int columns, int column, float* shared) {
   constexpr int kAtOnce = 17;  // loads on their way together: there is little else to hide their latency
   float sum = 0.0f;
-  for (int start = threadIdx.y; column < columns && start < rows; start += kAtOnce * blockDim.y) {
+  for (int start = threadIdx.y; column < columns && start < rows; start += kAtOnce * kSumRows) {
     float some[kAtOnce];
 #pragma unroll
     for (int n = 0; n < kAtOnce; ++n) {
-      const int row = start + n * blockDim.y;
+      const int row = start + n * kSumRows;
       some[n] = row < rows ? partial[static_cast<long long>(row) * columns + column] : 0.0f;
     }
 #pragma unroll
@@ -81,7 +126,8 @@ __device__ __forceinline__ float column_sum(const float* partial, int rows, int 
   shared[threadIdx.y * kWarp + threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y == 0) {
-    for (int y = 1; y < blockDim.y; ++y) sum += shared[y * kWarp + threadIdx.x];
+#pragma unroll
+    for (int y = 1; y < kSumRows; ++y) sum += shared[y * kWarp + threadIdx.x];
   }
   return sum;
 }

@@ -178,11 +178,38 @@ __global__ void __launch_bounds__(kMostThreads) forward(Softmax call) {
   }
 }
 
-// grad of scores = scale x weights x (grad of weights - sum of weights x grad of weights)
+// grad of scores = scale x weights x (grad of weights - sum of weights x grad of weights), which is the same where a
+// number is taken off all gradients: here the one of the weight above a half, of which a row has one at most. Near 1
+// the difference of its gradient and the sum would cancel, and leave the weight's rounding. Less itself its gradient is
+// zero and has no part in the sum, the others' summands keep their digits, and 1 less the others is more exact than the
+// weight, which is rounded.
+struct Centred {
+  float centre = 0.0f, others = 0.0f, sum = 0.0f;  // the others' weights, and these times their gradients
+
+  __device__ __forceinline__ void take(float weight, float grad) {
+    const bool is_most = weight > 0.5f;
+    centre = is_most ? grad : centre;
+    weight = is_most ? 0.0f : weight;
+    others += weight;
+    sum += weight * grad;
+  }
+
+  // Over all threads of a row, of which one at most has a centre.
+  __device__ __forceinline__ void finish(float* scratch) {
+    float totals[3] = {centre, others, sum};
+    row_sum<false>(totals, scratch);
+    centre = totals[0], others = totals[1], sum = totals[2] - totals[0] * totals[1];
+  }
+
+  __device__ __forceinline__ float gradient(float weight, float grad) const {
+    return (weight > 0.5f ? 1.0f - others : weight) * (grad - centre - sum);
+  }
+};
+
 template <typename T, int kVectors>
 __global__ void __launch_bounds__(kMostThreads) backward(Softmax call) {
   constexpr int kSize = vector_size<T>;
-  __shared__ float totals[kMostWarps];
+  __shared__ float totals[3 * kMostWarps];
   wait_for_former_kernel();
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (index >= call.rows) return;
@@ -212,7 +239,7 @@ __global__ void __launch_bounds__(kMostThreads) backward(Softmax call) {
       }
     }
   };
-  float total = 0.0f;
+  Centred centred;
 #pragma unroll
   for (int n = 0; n < kVectors; ++n) {
     const int key = (n * blockDim.x + threadIdx.x) * kSize;
@@ -220,10 +247,10 @@ __global__ void __launch_bounds__(kMostThreads) backward(Softmax call) {
       float weight[kSize], grad[kSize];
       unpack(n, key, weight, grad);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) total += weight[i] * grad[i];
+      for (int i = 0; i < kSize; ++i) centred.take(weight[i], grad[i]);
     }
   }
-  total = row_total(total, totals);
+  centred.finish(totals);
 #pragma unroll
   for (int n = 0; n < kVectors; ++n) {
     const int key = (n * blockDim.x + threadIdx.x) * kSize;
@@ -235,7 +262,7 @@ __global__ void __launch_bounds__(kMostThreads) backward(Softmax call) {
         float weight[kSize], grad[kSize];
         unpack(n, key, weight, grad);
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) grad[i] = call.scale * weight[i] * (grad[i] - total);
+        for (int i = 0; i < kSize; ++i) grad[i] = call.scale * centred.gradient(weight[i], grad[i]);
         out = Packed<T, kSize>::pack(grad);
       }
       out.store(grad_scores + key);
@@ -298,21 +325,23 @@ __global__ void __launch_bounds__(kMostThreads) long_forward(Softmax call) {
 
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kMostThreads) long_backward(Softmax call) {
-  __shared__ float totals[kMostWarps];
+  __shared__ float totals[3 * kMostWarps];
   wait_for_former_kernel();
   const Row row = row_of(call, blockIdx.x);
   const T* weights = reinterpret_cast<const T*>(call.weights) + row.first;
   const T* grad_weights = reinterpret_cast<const T*>(call.grad_weights) + row.first;
   T* grad_scores = reinterpret_cast<T*>(call.grad_scores) + row.first;
-  float total = 0.0f;
+  Centred centred;
   for (int key = threadIdx.x * kSize; key < row.visible; key += blockDim.x * kSize) {
     float weight[kSize], grad[kSize];
     Packed<T, kSize>::load(weights + key).unpack(weight);
     Packed<T, kSize>::load(grad_weights + key).unpack(grad);
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) total += key + i < row.visible ? weight[i] * grad[i] : 0.0f;
+    for (int i = 0; i < kSize; ++i) {
+      if (key + i < row.visible) centred.take(weight[i], grad[i]);
+    }
   }
-  total = row_total(total, totals);
+  centred.finish(totals);
   for (int key = threadIdx.x * kSize; key < call.keys; key += blockDim.x * kSize) {
     float weight[kSize] = {}, grad[kSize] = {};
     if (key < row.visible) {
@@ -321,7 +350,7 @@ __global__ void __launch_bounds__(kMostThreads) long_backward(Softmax call) {
     }
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      grad[i] = key + i < row.visible ? call.scale * weight[i] * (grad[i] - total) : 0.0f;
+      grad[i] = key + i < row.visible ? call.scale * centred.gradient(weight[i], grad[i]) : 0.0f;
     }
     Packed<T, kSize>::pack(grad).store(grad_scores + key);
   }
