@@ -105,6 +105,15 @@ def test_the_kernel_gives_the_bits_of_plain_torch(shape, dtype, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_sums_over_more_rows_than_are_summed_at_once(device):
+    x = draw((128 * 160 + 1, 16), scale=0.02, device=device)
+    x[-1] = 1.0  # alone in the last of 161 tiles
+    with kernels_on(device):
+        sums = fused_quantise(x, E5M2, by_row=False, by_column=False, sums=True).sums
+    torch.testing.assert_close(sums.float(), x.double().sum(0).float(), rtol=2.0**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_the_kernel_makes_what_was_asked_for(device):
     x = draw((40, 160), device=device)
     with kernels_on(device):

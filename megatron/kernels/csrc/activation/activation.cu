@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "../include/partial_rows.cuh"
 #include "../include/reduce.cuh"
 #include "../include/vector.cuh"
 
@@ -161,7 +162,6 @@ __global__ void __launch_bounds__(kWarp* kWarps, backward_blocks(kKind)) backwar
   constexpr bool kExact = std::is_same_v<T, float>, kAhead = kBlocks == 2;
   __shared__ float shared[kWarps][kWarp * kSize];
   wait_for_former_kernel();
-  let_next_kernel_come();
   const T* __restrict__ x = reinterpret_cast<const T*>(call.x);
   const T* __restrict__ grad_out = reinterpret_cast<const T*>(call.grad_out);
   T* __restrict__ grad_x = reinterpret_cast<T*>(call.grad_x);
@@ -209,6 +209,7 @@ __global__ void __launch_bounds__(kWarp* kWarps, backward_blocks(kKind)) backwar
       }
     }
   }
+  let_next_kernel_come();
   if (call.partial == 0) return;
   float* partial = reinterpret_cast<float*>(call.partial) + blockIdx.y * width;
 #pragma unroll
@@ -227,15 +228,6 @@ __global__ void __launch_bounds__(kWarp* kWarps, backward_blocks(kKind)) backwar
       if (to < call.columns) partial[block * call.columns + to] = sum;
     }
   }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kWarp* kSumRows) sum_chunks(const float* partial, int chunks, int columns, T* grad_bias) {
-  __shared__ float shared[kWarp * kSumRows];
-  const int column = blockIdx.x * kWarp + threadIdx.x;
-  wait_for_former_kernel();
-  const float sum = column_sum(partial, chunks, columns, column, shared);
-  if (threadIdx.y == 0 && column < columns) grad_bias[column] = from_float<T>(sum);
 }
 
 template <typename Function>
@@ -309,9 +301,8 @@ void activation_backward(const Activation& call, int kind, int type, const Place
            place, call);
     if (call.grad_bias == 0) return;
     const int columns = call.columns * (is_gated(k()) ? 2 : 1);
-    launch("the activation's backward", sum_chunks<T>, dim3(static_cast<unsigned>(ceil_div(columns, kWarp))),
-           dim3(kWarp, kSumRows), 0, place, reinterpret_cast<const float*>(call.partial), call.chunks, columns,
-                 reinterpret_cast<T*>(call.grad_bias));
+    sum_partial_rows<Activation, T>("the activation's backward", call.partial, call.chunks, columns, call.grad_bias, 0,
+                                    place);
   });
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "../include/partial_rows.cuh"
 #include "../include/reduce.cuh"
 #include "../include/vector.cuh"
 #include "philox.cuh"
@@ -132,7 +133,6 @@ __global__ void __launch_bounds__(kAcross* kDown, kBackwardBlocks) backward(Drop
   constexpr int kAtOnce = 2;
   __shared__ float shared[kDown][kAcross * kSize];
   wait_for_former_kernel();
-  let_next_kernel_come();
   const R* __restrict__ grad_out = reinterpret_cast<const R*>(call.grad_out);
   X* __restrict__ grad_x = reinterpret_cast<X*>(call.grad_x);
   const int column = (blockIdx.x * kAcross + threadIdx.x) * kSize;
@@ -164,6 +164,7 @@ __global__ void __launch_bounds__(kAcross* kDown, kBackwardBlocks) backward(Drop
       }
     }
   }
+  let_next_kernel_come();
   if (call.partial == 0) return;
 #pragma unroll
   for (int i = 0; i < kSize; ++i) shared[threadIdx.y][i * kAcross + threadIdx.x] = sums[i];
@@ -176,16 +177,6 @@ __global__ void __launch_bounds__(kAcross* kDown, kBackwardBlocks) backward(Drop
     const int to = (blockIdx.x * kAcross + at % kAcross) * kSize + at / kAcross;
     if (to < call.columns) partial[to] = sum;
   }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kWarp* kSumRows) sum_chunks(const float* partial, int chunks, int columns, T* grad_bias) {
-  __shared__ float shared[kWarp * kSumRows];
-  const int column = blockIdx.x * kWarp + threadIdx.x;
-  wait_for_former_kernel();
-  let_next_kernel_come();
-  const float sum = column_sum(partial, chunks, columns, column, shared);
-  if (threadIdx.y == 0 && column < columns) grad_bias[column] = from_float<T>(sum);
 }
 
 // Calls `function(Type<X>{}, Type<R>{}, size)`: the residual is of x's type or in fp32.
@@ -243,9 +234,8 @@ void dropout_backward(const Dropout& call, int x_type, int residual_type, const 
     launch("the dropout's backward", backward<X, typename decltype(r)::type, size()>, grid_of(call, size()),
            dim3(kAcross, kDown), 0, place, call, drop_of(call));
     if (call.grad_bias == 0) return;
-    launch("the dropout's backward", sum_chunks<X>, dim3(static_cast<unsigned>(ceil_div(call.columns, kWarp))),
-           dim3(kWarp, kSumRows), 0, place, reinterpret_cast<const float*>(call.partial), call.chunks, call.columns,
-                 reinterpret_cast<X*>(call.grad_bias));
+    sum_partial_rows<Dropout, X>("the dropout's backward", call.partial, call.chunks, call.columns, call.grad_bias, 0,
+                                 place);
   });
 }
 

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "../include/partial_rows.cuh"
 #include "../include/reduce.cuh"
 #include "../include/vector.cuh"
 
@@ -186,6 +187,7 @@ __global__ void __launch_bounds__(kThreads) quantise(Quantise call) {
       }
     }
   }
+  let_next_kernel_come();
   __syncthreads();
   if (call.by_column != 0) {
     constexpr int kLanesDown = kTile / 16, kAcross = kWarp / kLanesDown;  // a lane writes 16 rows of a column
@@ -207,14 +209,6 @@ __global__ void __launch_bounds__(kThreads) quantise(Quantise call) {
     for (int w = 0; w < kWarps; ++w) sum += warp_sums[w][threadIdx.x];
     reinterpret_cast<float*>(call.partial)[tile * call.columns + first_column + threadIdx.x] = sum;
   }
-}
-
-__global__ void __launch_bounds__(kWarp* kSumRows) sum_tiles(const float* partial, int tiles, int columns, bfloat_t* sums) {
-  __shared__ float shared[kWarp * kSumRows];
-  const int column = blockIdx.x * kWarp + threadIdx.x;
-  wait_for_former_kernel();
-  const float sum = column_sum(partial, tiles, columns, column, shared);
-  if (threadIdx.y == 0 && column < columns) sums[column] = from_float<bfloat_t>(sum);
 }
 
 void check_quantise(const Quantise& call) {
@@ -251,9 +245,7 @@ void fp8_quantise(const Quantise& call, int format, const Place& place) {
   const char* what = "bringing a matrix into 8 bits";
   launch(what, format == kE4M3 ? quantise<kE4M3> : quantise<kE5M2>, grid, dim3(kThreads), 0, place, call);
   if (call.sums == 0) return;
-  launch(what, sum_tiles, dim3(static_cast<unsigned>(ceil_div(call.columns, kWarp))), dim3(kWarp, kSumRows), 0, place,
-         reinterpret_cast<const float*>(call.partial), static_cast<int>(tiles), call.columns,
-         reinterpret_cast<bfloat_t*>(call.sums));
+  sum_partial_rows<Quantise, bfloat_t>(what, call.partial, static_cast<int>(tiles), call.columns, call.sums, 0, place);
 }
 
 }  // namespace megatron

@@ -7,7 +7,6 @@ namespace megatron {
 
 constexpr int kWarp = 32;
 constexpr int kMostWarps = 32;
-constexpr int kSumRows = 8;  // threads of a block beside each other in a column of `column_sum`
 
 #ifdef __CUDACC__
 // The shared memory whose size is chosen at launch.
@@ -72,6 +71,7 @@ __device__ __forceinline__ float warp_max(float value) {
 // must not be written again before all have read it: callers that come back alternate between two.
 template <int kMostRowWarps = 16, int kValues>
 __device__ __forceinline__ void row_sum(float (&values)[kValues], float* scratch) {
+  static_assert(kMostRowWarps >= 1 && kMostRowWarps <= kMostWarps && (kValues & (kValues - 1)) == 0);
   constexpr int kWidth = kWarp / kValues;  // lanes that end up with the same sum
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int own = lane / kWidth;  // which one
@@ -104,32 +104,6 @@ __device__ __forceinline__ void row_sum(float (&values)[kValues], float* scratch
   }
 #pragma unroll
   for (int i = 0; i < kValues; ++i) values[i] = kValues == 1 ? sum : __shfl_sync(0xffffffffu, sum, i * kWidth);
-}
-
-// Sums the rows of partial [rows, columns] for one column; blocks of (kWarp, kSumRows) threads, whose sums `shared`
-// collects.
-// Returns the sum to the threads with threadIdx.y == 0.
-__device__ __forceinline__ float column_sum(const float* partial, int rows, int columns, int column, float* shared) {
-  constexpr int kAtOnce = 17;  // loads on their way together: there is little else to hide their latency
-  float sum = 0.0f;
-  for (int start = threadIdx.y; column < columns && start < rows; start += kAtOnce * kSumRows) {
-    float some[kAtOnce];
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) {
-      const int row = start + n * kSumRows;
-      some[n] = row < rows ? partial[static_cast<long long>(row) * columns + column] : 0.0f;
-    }
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) sum += some[n];
-  }
-  __syncthreads();
-  shared[threadIdx.y * kWarp + threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y == 0) {
-#pragma unroll
-    for (int y = 1; y < kSumRows; ++y) sum += shared[y * kWarp + threadIdx.x];
-  }
-  return sum;
 }
 
 }  // namespace megatron

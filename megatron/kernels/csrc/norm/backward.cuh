@@ -277,7 +277,6 @@ __global__ void __launch_bounds__(Share::kThreads, 1) backward_rows(BackwardTens
   const std::int64_t stride = static_cast<std::int64_t>(turns.step) * t.columns;
   std::int64_t at = turns.row * t.columns + threadIdx.x * kSize, asked = at;
   wait_for_former_kernel();
-  let_next_kernel_come();
   for (int n = 0; n < num_stages; ++n, asked += stride) {
     stages.ask(stages.stage(n), turns.left - n * turns.step, asked);
   }
@@ -302,6 +301,7 @@ __global__ void __launch_bounds__(Share::kThreads, 1) backward_rows(BackwardTens
     if constexpr (!AtWork::kKept) stages.ask(here, left_to_ask, asked);
   }
   wait_for_copies<0>();
+  let_next_kernel_come();
   columns.gather(reinterpret_cast<float4*>(memory));
   if (threadIdx.y > 0) return;
   columns.write(0, t.partial_weight, t.columns);
@@ -347,19 +347,6 @@ __global__ void __launch_bounds__(kGenericThreads) backward_generic(BackwardTens
     t.partial_weight[mine + c] = weight_sums[c];
     if (t.partial_bias != nullptr) t.partial_bias[mine + c] = bias_sums[c];
   }
-}
-
-// blockIdx.y: 0 sums those of the weight, 1 those of the bias.
-template <typename W>
-__global__ void __launch_bounds__(kWarp* kSumRows) sum_partials(const float* partial, int partial_rows, int columns,
-                                                             W* grad_weight, W* grad_bias) {
-  __shared__ float shared[kWarp * kSumRows];
-  const int column = blockIdx.x * kWarp + threadIdx.x;
-  wait_for_former_kernel();
-  let_next_kernel_come();
-  partial += static_cast<std::int64_t>(blockIdx.y) * partial_rows * columns;
-  const float sum = column_sum(partial, partial_rows, columns, column, shared);
-  if (threadIdx.y == 0 && column < columns) (blockIdx.y == 0 ? grad_weight : grad_bias)[column] = from_float<W>(sum);
 }
 
 }  // namespace megatron

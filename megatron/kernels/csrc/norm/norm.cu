@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <string>
 
+#include "../include/partial_rows.cuh"
 #include "backward.cuh"
 #include "forward.cuh"
 
@@ -103,7 +104,6 @@ bool backward_in_vectors(const NormBackward& call, const Place& place) {
 
 template <typename X, typename W>
 void backward_typed(const NormBackward& call, const Place& place) {
-  const BackwardTensors<X, W> tensors(call);
   if (!backward_in_vectors<X, W>(call, place)) {
     const int threads = std::min(kGenericThreads, row_threads(call.columns, 1));
     const std::size_t sums = 2 * sizeof(float) * call.columns;
@@ -111,12 +111,11 @@ void backward_typed(const NormBackward& call, const Place& place) {
       throw std::invalid_argument("this GPU has too little shared memory for a norm over " +
                                   std::to_string(call.columns) + " columns: run with --no-norm-fusion");
     }
-    launch("the norm's backward", backward_generic<X, W>, dim3(call.partial_rows), dim3(threads), sums, place, tensors);
+    launch("the norm's backward", backward_generic<X, W>, dim3(call.partial_rows), dim3(threads), sums, place,
+           BackwardTensors<X, W>(call));
   }
-  const dim3 grid(static_cast<unsigned>(ceil_div(call.columns, kWarp)), call.grad_bias == 0 ? 1 : 2);
-  launch("the norm's backward", sum_partials<W>, grid, dim3(kWarp, kSumRows), 0, place,
-         static_cast<const float*>(tensors.partial_weight), call.partial_rows, call.columns,
-         pointer<W>(call.grad_weight), pointer<W>(call.grad_bias));
+  sum_partial_rows<NormBackward, W>("the norm's backward", call.partial, call.partial_rows, call.columns,
+                                    call.grad_weight, call.grad_bias, place);
 }
 
 // Calls `function(Type<X>{}, Type<W>{})`.
