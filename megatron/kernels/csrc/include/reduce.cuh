@@ -71,6 +71,7 @@ __device__ __forceinline__ float warp_max(float value) {
 // must not be written again before all have read it: callers that come back alternate between two.
 template <int kMostRowWarps = 16, int kValues>
 __device__ __forceinline__ void row_sum(float (&values)[kValues], float* scratch) {
+  static_assert(kMostRowWarps >= 1 && kMostRowWarps <= kMostWarps && (kValues & (kValues - 1)) == 0);
   constexpr int kWidth = kWarp / kValues;  // lanes that end up with the same sum
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int own = lane / kWidth;  // which one

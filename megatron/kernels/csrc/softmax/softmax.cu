@@ -184,6 +184,7 @@ __global__ void __launch_bounds__(kMostThreads) forward(Softmax call) {
 // zero and has no part in the sum, the others' summands keep their digits, and 1 less the others is more exact than the
 // weight, which is rounded.
 struct Centred {
+  static constexpr int kTotals = 4;  // three, and a zero for `row_sum`
   float centre = 0.0f, others = 0.0f, sum = 0.0f;  // the others' weights, and these times their gradients
 
   __device__ __forceinline__ void take(float weight, float grad) {
@@ -196,8 +197,8 @@ struct Centred {
 
   // Over all threads of a row, of which one at most has a centre.
   __device__ __forceinline__ void finish(float* scratch) {
-    float totals[3] = {centre, others, sum};
-    row_sum<false>(totals, scratch);
+    float totals[kTotals] = {centre, others, sum};
+    row_sum<kMostThreads / kWarp>(totals, scratch);
     centre = totals[0], others = totals[1], sum = totals[2] - totals[0] * totals[1];
   }
 
@@ -209,7 +210,7 @@ struct Centred {
 template <typename T, int kVectors>
 __global__ void __launch_bounds__(kMostThreads) backward(Softmax call) {
   constexpr int kSize = vector_size<T>;
-  __shared__ float totals[3 * kMostWarps];
+  __shared__ float totals[Centred::kTotals * kMostWarps];
   wait_for_former_kernel();
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (index >= call.rows) return;
@@ -325,7 +326,7 @@ __global__ void __launch_bounds__(kMostThreads) long_forward(Softmax call) {
 
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kMostThreads) long_backward(Softmax call) {
-  __shared__ float totals[3 * kMostWarps];
+  __shared__ float totals[Centred::kTotals * kMostWarps];
   wait_for_former_kernel();
   const Row row = row_of(call, blockIdx.x);
   const T* weights = reinterpret_cast<const T*>(call.weights) + row.first;
