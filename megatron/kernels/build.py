@@ -26,6 +26,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -101,8 +102,13 @@ def load_kernels(names: Sequence[str]) -> None:
     Raises:
         KernelBuildError: as `load_kernel`.
     """
-    with ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) // 2)) as pool:
+    with _side_by_side() as pool:
         list(pool.map(load_kernel, names))
+
+
+def _side_by_side() -> ThreadPoolExecutor:
+    """Make what compiles one kernel a core at a time."""
+    return ThreadPoolExecutor(max_workers=os.cpu_count() or 2)
 
 
 def build_all() -> None:
@@ -275,6 +281,13 @@ def _own_architecture() -> str:
     return f"sm_{major}{minor}"
 
 
+def _build_timed(name: str, *, architectures: Sequence[str], folder: Path) -> str:
+    """Compile a kernel, and say how long it took and where it is."""
+    started = time.monotonic()
+    path = build_kernel(name, architectures, folder)
+    return f"{name:14} {', '.join(architectures)}  {time.monotonic() - started:5.1f} s  {path}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compile kernels and say where they are."""
     parser = argparse.ArgumentParser(prog="python -m megatron.kernels.build", description=main.__doc__)
@@ -288,10 +301,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         architectures = options.arch or [name for name in ARCHITECTURES if name in known]
         if unknown := sorted(set(names) - set(kernel_names())):
             raise KernelBuildError(f"{unknown[0]!r} is no kernel; there are {', '.join(kernel_names())}")
-        for name in names:
-            started = time.monotonic()
-            path = build_kernel(name, architectures, options.folder or cache_folder())
-            print(f"{name:14} {', '.join(architectures)}  {time.monotonic() - started:5.1f} s  {path}")
+        with _side_by_side() as pool:
+            build = partial(_build_timed, architectures=architectures, folder=options.folder or cache_folder())
+            for line in pool.map(build, names):
+                print(line, flush=True)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -42,18 +42,20 @@ def install(monkeypatch, name, **functions):
 
 
 class FourthPackage:
-    """flash-attn-4: its two functions, and the one for backward that it keeps to itself.
+    """flash-attn-4: the two functions below its own operator.
 
     Attributes:
-        calls: dropout and whether the same bits were asked for, of each forward.
+        forwards: how many there were.
+        calls: dropout, which is none, and whether the same bits were asked for, of each backward.
         given: names of the arguments that each function was given, in all calls.
     """
 
     def __init__(self, monkeypatch):
+        self.forwards = 0
         self.calls = []
         self.given = {}
         self._log_sums = []
-        functions = (self.flash_attn_func, self.flash_attn_varlen_func, self._flash_attn_bwd)
+        functions = (self._flash_attn_fwd, self._flash_attn_bwd)
         noted = {function.__name__: self._noted(function) for function in functions}
         install(monkeypatch, "flash_attn.cute.interface", **noted)
 
@@ -67,43 +69,32 @@ class FourthPackage:
 
         return call
 
-    def flash_attn_func(
+    def _flash_attn_fwd(
         self,
         q,
         k,
         v,
-        qv=None,
-        softmax_scale=None,
-        causal=False,
-        window_size=(None, None),
-        softcap=0.0,
-        deterministic=False,
-        return_lse=False,
-    ):
-        output = self._compute(q, k, v, None, None, causal, softmax_scale, window_size, softcap)
-        batch, length, heads, _ = q.shape
-        return self._remember((batch, heads, length), output, return_lse, deterministic)
-
-    def flash_attn_varlen_func(
-        self,
-        q,
-        k,
-        v,
-        qv=None,
         cu_seqlens_q=None,
         cu_seqlens_k=None,
         max_seqlen_q=None,
         max_seqlen_k=None,
         softmax_scale=None,
         causal=False,
-        window_size=(None, None),
         softcap=0.0,
-        deterministic=False,
+        window_size_left=None,
+        window_size_right=None,
         return_lse=False,
+        out=None,
+        lse=None,
     ):
         assert (cu_seqlens_k is cu_seqlens_q, max_seqlen_k) == (True, max_seqlen_q)
-        output = self._compute(q, k, v, cu_seqlens_q, max_seqlen_q, causal, softmax_scale, window_size, softcap)
-        return self._remember((q.shape[1], len(q)), output, return_lse, deterministic)
+        assert return_lse
+        self.forwards += 1
+        options = (cu_seqlens_q, max_seqlen_q, causal, softmax_scale, (window_size_left, window_size_right), softcap)
+        out.copy_(self._compute(q, k, v, *options))
+        lse.copy_(torch.randn(lse.shape))
+        self._log_sums.append(lse.clone())
+        return out, lse, None, None, None
 
     def _flash_attn_bwd(
         self,
@@ -128,7 +119,7 @@ class FourthPackage:
         dv=None,
     ):
         assert any(torch.equal(lse, given) for given in self._log_sums)
-        assert deterministic == self.calls[-1][1]
+        self.calls.append((0.0, deterministic))
         assert (cu_seqlens_k is cu_seqlens_q, max_seqlen_k) == (True, max_seqlen_q)
         options = (cu_seqlens_q, max_seqlen_q, causal, softmax_scale, (window_size_left, window_size_right), softcap)
 
@@ -153,9 +144,3 @@ class FourthPackage:
         bound, longest = longest, int(offsets.diff().max())
         assert bound >= longest  # all that the package asks of it
         return packed(q, k, v, offsets, offsets, longest, longest, **options)
-
-    def _remember(self, shape, output, return_lse, deterministic):
-        assert return_lse  # else it has none to give where no gradient is asked for
-        self.calls.append((0.0, deterministic))
-        self._log_sums.append(torch.randn(shape))
-        return output, self._log_sums[-1].clone()

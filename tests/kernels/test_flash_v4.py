@@ -24,11 +24,6 @@ def package(monkeypatch):
 
 
 @pytest.fixture
-def fourth(package):
-    return package.calls
-
-
-@pytest.fixture
 def fourth_is_there(monkeypatch, package):
     """A Hopper GPU with flash-attn-4, as far as questions about it go."""
     flash_v4_operator.why_interface_differs.cache_clear()
@@ -118,7 +113,7 @@ def documents(request):
     return flash_v4.BACKEND.prepare_documents(make_ids(2, 20, request.param)) if request.param else None
 
 
-@pytest.mark.usefixtures("fourth")
+@pytest.mark.usefixtures("package")
 def test_the_operators_of_flash_v4_keep_the_rules_of_torch(documents):
     heads = [tensor.transpose(0, 1) for tensor in make_heads((20, 20), 2, (4, 2), 8)]
     offsets = None if documents is None else documents.offsets
@@ -136,15 +131,21 @@ def test_the_operators_of_flash_v4_keep_the_rules_of_torch(documents):
 
 
 @pytest.mark.parametrize(("budget_bytes", "launches"), [(0, 2), (100_000, 1)])
-def test_recompute_keeps_the_output_of_flash_v4_within_its_budget(fourth, documents, budget_bytes, launches):
+def test_recompute_keeps_the_output_of_flash_v4_within_its_budget(package, documents, budget_bytes, launches):
     attend, tensors = attend_by_the_fourth(documents), make_heads((20, 20), 2, (4, 2), 8)
     policy = RecomputePolicy(granularity="products", budget_bytes=budget_bytes)
     actual = with_gradients(lambda *heads: recompute(attend, *heads, policy=policy), tensors)
-    assert len(fourth) == launches
+    assert package.forwards == launches
     assert all(torch.equal(a, b) for a, b in zip(actual, with_gradients(attend, tensors), strict=True))
 
 
-@pytest.mark.usefixtures("fourth")
+@pytest.mark.usefixtures("package")
+def test_the_product_after_flash_v4_reads_its_output_where_it_is():
+    output = flash_v4.attend(*make_heads((20, 20), 2, (4, 2), 8), dropout=0.0, **OPTIONS)
+    assert output.is_contiguous(), "else the product makes a copy, and keeps it beside this one"
+
+
+@pytest.mark.usefixtures("package")
 def test_flash_v4_compiles_into_one_graph(documents):
     attend, tensors = attend_by_the_fourth(documents, window=3), make_heads((20, 20), 2, (4, 2), 8)
     torch.compiler.reset()
@@ -153,7 +154,7 @@ def test_flash_v4_compiles_into_one_graph(documents):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.usefixtures("fourth")
+@pytest.mark.usefixtures("package")
 def test_one_graph_serves_whatever_the_documents_of_flash_v4():
     def attend(*heads, documents):
         return flash_v4.attend(*heads, dropout=0.0, documents=documents, **OPTIONS)
@@ -171,7 +172,7 @@ def test_one_graph_serves_whatever_the_documents_of_flash_v4():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.usefixtures("fourth")
+@pytest.mark.usefixtures("package")
 @pytest.mark.parametrize(
     ("options", "pairs"), [({}, 20 * 21 // 2), ({"causal": False}, 400), ({"window": 3}, 1 + 2 + 18 * 3)]
 )

@@ -2,8 +2,8 @@
 
 So recompute knows what a result is worth and can keep it, and `torch.compile` keeps its graph whole.
 
-Backward has no public name in the package, and a newer one may change it: `why_interface_differs` looks before the
-first call, so that a run stops at its start and says what to install.
+The functions below the package's own operator have no public name, and a newer package may change them:
+`why_interface_differs` looks before the first call, so that a run stops at its start and says what to install.
 
 Legend: s sequence, b batch, n query heads, k key/value heads, d head size.
 """
@@ -23,16 +23,13 @@ from megatron.kernels.attention.mask import pairs_seen
 
 WRITTEN_FOR = "4.0.0b36"
 """The version whose functions are called here."""
-_FORWARD = ("q", "k", "v", "softmax_scale", "causal", "window_size", "softcap", "deterministic", "return_lse")
-_BACKWARD = (
-    *("q", "k", "v", "out", "dout", "lse", "dq", "dk", "dv", "softmax_scale", "causal", "softcap", "deterministic"),
-    *("window_size_left", "window_size_right"),
+_SHARED = (
+    *("q", "k", "v", "out", "lse", "softmax_scale", "causal", "softcap", "window_size_left", "window_size_right"),
+    *("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
 )
-_OFFSETS = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 CALLED = {
-    "flash_attn_func": _FORWARD,
-    "flash_attn_varlen_func": (*_FORWARD, *_OFFSETS),
-    "_flash_attn_bwd": (*_BACKWARD, *_OFFSETS),
+    "_flash_attn_fwd": (*_SHARED, "return_lse"),
+    "_flash_attn_bwd": (*_SHARED, "dout", "dq", "dk", "dv", "deterministic"),
 }
 """Functions of the package's `interface`, and the names of what they are given."""
 
@@ -85,24 +82,28 @@ def flash_v4_forward(
         deterministic: whether backward gives the same bits every time.
 
     Returns:
-        The output, as the query, and the logarithms of the softmax denominators, fp32 [b, n, s] or [n, b x s].
+        The output, as the query, but in memory [s, b, n, d] without offsets, as the product that follows reads it; and
+        the logarithms of the softmax denominators, fp32 [b, n, s] or [n, b x s].
     """
-    from flash_attn.cute.interface import flash_attn_func, flash_attn_varlen_func
+    from flash_attn.cute.interface import _flash_attn_fwd
 
-    options: dict[str, Any] = {
-        "softmax_scale": scale,
-        "causal": causal,
-        "window_size": _sides(window),
-        "softcap": softcap,
-        "deterministic": deterministic,
-        "return_lse": True,
-    }
-    if offsets is None:
-        output, log_sums = flash_attn_func(q=query, k=key, v=value, **options)
-    else:
-        packed = _packed(offsets, query, samples)
-        output, log_sums = flash_attn_varlen_func(q=query, k=key, v=value, **packed, **options)
-    return output.contiguous(), log_sums.contiguous()  # as they are; shapes alone would not tell a compiler
+    before, after = _sides(window)
+    output, log_sums = _make_results(query)
+    _flash_attn_fwd(
+        q=query,
+        k=key,
+        v=value,
+        out=output,
+        lse=log_sums,
+        softmax_scale=scale,
+        causal=causal,
+        softcap=softcap,
+        window_size_left=before,
+        window_size_right=after,
+        return_lse=True,
+        **({} if offsets is None else _packed(offsets, query, samples)),
+    )
+    return output, log_sums
 
 
 @torch.library.custom_op("megatron::flash_v4_backward", mutates_args=())
@@ -157,6 +158,17 @@ def _packed(offsets: Tensor, tokens: Tensor, samples: int) -> dict[str, Any]:
     return {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
 
+def _make_results(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Make room for what forward computes."""
+    *tokens, heads, size = query.shape
+    if len(tokens) == 1:
+        output = query.new_empty(query.shape)
+    else:
+        output = query.new_empty(*reversed(tokens), heads, size).transpose(0, 1)
+    rows = (heads, tokens[0]) if len(tokens) == 1 else (tokens[0], heads, tokens[1])
+    return output, query.new_empty(rows, dtype=torch.float32)
+
+
 def _like(tensor: Tensor) -> Tensor:
     """Make room for a gradient, laid out as what it is of if the channels of that are neighbours in memory."""
     return torch.empty_like(tensor if tensor.stride(-1) == 1 else tensor.contiguous())
@@ -164,9 +176,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 @flash_v4_forward.register_fake
 def _fake_forward(query: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    *tokens, heads, _size = query.shape
-    shape = (tokens[0], heads, tokens[1]) if len(tokens) > 1 else (heads, tokens[0])
-    return query.new_empty(query.shape), query.new_empty(shape, dtype=torch.float32)
+    return _make_results(query)
 
 
 @flash_v4_backward.register_fake
