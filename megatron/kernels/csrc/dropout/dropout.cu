@@ -133,6 +133,7 @@ __global__ void __launch_bounds__(kAcross* kDown, kBackwardBlocks) backward(Drop
   constexpr int kAtOnce = 2;
   __shared__ float shared[kDown][kAcross * kSize];
   wait_for_former_kernel();
+  let_next_kernel_come();
   const R* __restrict__ grad_out = reinterpret_cast<const R*>(call.grad_out);
   X* __restrict__ grad_x = reinterpret_cast<X*>(call.grad_x);
   const int column = (blockIdx.x * kAcross + threadIdx.x) * kSize;
@@ -164,7 +165,6 @@ __global__ void __launch_bounds__(kAcross* kDown, kBackwardBlocks) backward(Drop
       }
     }
   }
-  let_next_kernel_come();
   if (call.partial == 0) return;
 #pragma unroll
   for (int i = 0; i < kSize; ++i) shared[threadIdx.y][i * kAcross + threadIdx.x] = sums[i];

@@ -187,7 +187,6 @@ __global__ void __launch_bounds__(kThreads) quantise(Quantise call) {
       }
     }
   }
-  let_next_kernel_come();
   __syncthreads();
   if (call.by_column != 0) {
     constexpr int kLanesDown = kTile / 16, kAcross = kWarp / kLanesDown;  // a lane writes 16 rows of a column
