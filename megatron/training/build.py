@@ -132,10 +132,11 @@ def _build_engine(
     memory = predict_memory(config, tokenizer.vocab_size, place.groups, recompute, fused=kernels.are_fused)
     model = build_model(config, tokenizer.vocab_size, place.groups, attention, recompute, place.device, kernels)
     compiled = "; blocks compiled" if config.kernels.compile else ""
+    graphed = "; blocks recorded as CUDA graphs" if config.kernels.cuda_graph else ""
     choices = [
         f" attention: {attention.name}, {attention_reason}",
         " shards of the sequence travel by messages, beside the products" if place.groups.tensor.transport else None,
-        f" kernels: {reason}{compiled}",
+        f" kernels: {reason}{compiled}{graphed}",
         recompute.describe(),
         memory.describe() if place.device.type == "cuda" else None,  # of a process on a CPU it is a part
     ]
