@@ -6,12 +6,14 @@ import copy
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import deepspeed
 import pydantic
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.utils import is_model_parallel_parameter
@@ -79,6 +81,7 @@ def initialize(
     """
     # DeepSpeed's collectives go by names that torch 2.13 renamed, which it would say at each call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    _import_muon()
     try:
         with quiet_stdout():
             engine, *_ = deepspeed.initialize(
@@ -94,6 +97,20 @@ def initialize(
         ) from error
     sum_in_one_pass(engine.optimizer)
     return engine
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, as it does itself for every optimizer, but without torch's compiler.
+
+    Its functions, which nothing here calls, are decorated with `torch.compile`; that loads all of the compiler, in each
+    start of each rank.
+    """
+    own = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = own
 
 
 class FlatEngine:

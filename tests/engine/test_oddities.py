@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -203,3 +204,22 @@ def try_each(folder):
 
 def test_each_oddity_is_still_there(tmp_path):
     assert run_on_ranks(1, try_each, str(tmp_path), deepspeed=True) == [[]]
+
+
+def compiler_is_loaded(engine_of):
+    """Whether torch's compiler is in the process once there is an engine, and was not before."""
+    compiler = "torch._inductor.compile_fx"
+    assert compiler not in sys.modules
+    engine_of(toy.run_config())
+    return compiler in sys.modules
+
+
+def deepspeeds_own_engine(config):
+    initialize(build_settings(config, data_parallel_size=1, device_type="cpu"))
+
+
+@pytest.mark.parametrize(("engine_of", "loads"), [(deepspeeds_own_engine, True), (toy.build_engine, False)])
+def test_deepspeed_loads_torchs_compiler_for_an_optimizer_that_is_not_used_and_the_engine_keeps_it_out(
+    engine_of, loads
+):
+    assert run_on_ranks(1, compiler_is_loaded, engine_of, deepspeed=True) == [loads]
