@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels of `csrc`, once for each host and toolchain, and loads them.
 
-    python -m megatron.kernels.build [--folder FOLDER] [--arch sm_80 ...] [NAME ...]
+    python -m megatron.kernels.build [--folder FOLDER] [--arch sm_80] [--arch ...] [NAME ...]
 
 A kernel is a folder of `csrc`: CUDA C++ that takes addresses, sizes and a stream, and knows nothing of torch, with a
 pybind11 module of the folder's name. What is compiled is kept by a hash of everything that went into it, written beside
@@ -293,7 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m megatron.kernels.build", description=main.__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="kernels to compile; all of them without a name")
     parser.add_argument("--folder", type=Path, help="where to put them (default: the cache, MEGATRON_KERNEL_CACHE)")
-    parser.add_argument("--arch", nargs="+", help=f"GPUs to compile for (default: {' '.join(ARCHITECTURES)})")
+    parser.add_argument(
+        "--arch", action="append", help=f"a GPU to compile for, may be repeated (default: {' '.join(ARCHITECTURES)})"
+    )
     options = parser.parse_args(arguments)
     names = options.names or kernel_names()
     try:

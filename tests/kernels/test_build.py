@@ -150,3 +150,12 @@ def test_the_tool_says_what_is_wrong(capsys):
     with pytest.raises(SystemExit, match="error: 'nothing' is no kernel; there are activation, ") as stopped:
         build.main(["nothing"])
     assert stopped.value.code != 0
+
+
+def test_a_kernel_may_be_named_after_the_architectures(monkeypatch, capsys, tmp_path):
+    compiler = Compiler(path=tmp_path, version="any", architectures=frozenset({"sm_80", "sm_90"}))
+    monkeypatch.setattr(build, "find_compiler", lambda: compiler)
+    monkeypatch.setattr(build, "build_kernel", lambda name, architectures, folder: folder / name)
+    build.main(["--folder", str(tmp_path), "--arch", "sm_90", "--arch", "sm_80", "norm", "rotary"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines] == [[name, "sm_90,", "sm_80"] for name in ("norm", "rotary")]
