@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,7 +39,7 @@ class _SumGradients(torch.autograd.Function):
         return None, *(part.view_as(grad) for part, grad in zip(parts, grads, strict=True))
 
 
-class SumsGradients(nn.Module):
+class SumsGradients(nn.Module, ABC):
     """A module that reads such parameters through `read`, whose backward sums their gradients."""
 
     def __init__(self) -> None:
@@ -46,14 +47,14 @@ class SumsGradients(nn.Module):
         self._held: tuple[Tensor, ...] | None = None
 
     @property
+    @abstractmethod
     def summed_parameters(self) -> tuple[nn.Parameter, ...]:
         """The parameters, in the order in which `read` gives them."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def summing_group(self) -> Group:
         """The ranks over which their gradients sum up."""
-        raise NotImplementedError
 
     def read(self) -> tuple[Tensor, ...]:
         """Give the parameters, to be used on this rank's shard."""

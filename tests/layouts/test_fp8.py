@@ -14,6 +14,7 @@ from tests.parallel.logical import tensor_group
 from tests.ranks import run_on_ranks
 
 FP8 = "--precision bf16 --fp8"
+SHARDED = "--tensor-model-parallel-size 2 --sequence-parallel"
 LLAMA = """
     --position-embedding-type rope --normalization rmsnorm --activation-function swiglu --disable-bias-linear
     --untie-embeddings-and-output-weights
@@ -21,7 +22,8 @@ LLAMA = """
 
 LAYOUTS = {
     "tensor": f"{FP8} --tensor-model-parallel-size 2",
-    "tensor and sequence, ZeRO 1": f"{FP8} --tensor-model-parallel-size 2 --sequence-parallel --zero-stage 1 {LLAMA}",
+    "tensor and sequence, ZeRO 1": f"{FP8} {SHARDED} --zero-stage 1 {LLAMA}",
+    "halves": f"{FP8} {SHARDED} --tp-comm-overlap halves --micro-batch-size 2 {LLAMA}",
     "Ulysses, ZeRO 2": f"{FP8} --ds-sequence-parallel-size 2 --zero-stage 2",
     "pipeline": f"{FP8} --pipeline-model-parallel-size 2 --fp8-format e4m3 {LLAMA}",
     "ZeRO 3": f"{FP8} --zero-stage 3",
