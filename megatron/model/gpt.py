@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
 from megatron.config.errors import ConfigError
 from megatron.config.model import ModelConfig
@@ -26,6 +26,7 @@ from megatron.model.head import OutputHead, TiedOutputHead
 from megatron.model.loss import chunked_masked_loss, masked_loss
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
+from megatron.parallel.graphed import Graphed
 from megatron.parallel.groups import ParallelGroups
 from megatron.parallel.recompute import NONE, RecomputePolicy, recompute, recomputed
 from megatron.parallel.ulysses import UlyssesAttention
@@ -82,6 +83,7 @@ class GPT(nn.Module):
         self.loss_chunk_size = loss_chunk_size
         self.mlp_chunk_size = mlp_chunk_size
         self.in_halves = in_halves
+        self._graphed_blocks: Graphed | None = None
         self.tied_modules = nn.ModuleDict()
         self._stage_names: list[str] = []
         for index, stage in enumerate(self._build_stages()):
@@ -249,17 +251,29 @@ class GPT(nn.Module):
             x: tokens [b, s] for the first stage, else what the stage before `part` gave.
             context: of the whole micro-batch.
             part: consecutive indices of stages.
+
+        Raises:
+            ValueError: the blocks are recorded, and this micro-batch has a context of its own.
         """
         stages, blocks = self.stages(), self.blocks_in(part)
-        run_blocks = run_stages if context.halves is None else partial(run_in_halves, group=self.groups.tensor)
         x = run_stages(stages[part.start : blocks.start], x, context)
+        if self._graphed_blocks is not None and self.training and is_grad_enabled():
+            if not context.is_constant:
+                raise ValueError("blocks that were recorded take no positions, masks, documents or cache of their own")
+            x = self._graphed_blocks(x)
+        else:
+            x = self._run_blocks(stages[blocks.start : blocks.stop], x, context)
+        return run_stages(stages[blocks.stop : part.stop], x, context)
+
+    def _run_blocks(self, blocks: Sequence[nn.Module], x: Tensor, context: Context) -> Tensor:
+        run_blocks = run_stages if context.halves is None else partial(run_in_halves, group=self.groups.tensor)
         for unit in self.recompute_policy.units(len(blocks)):
-            members = stages[blocks.start + unit.first : blocks.start + unit.end]
+            members = blocks[unit.first : unit.end]
             if unit.is_recomputed:
                 x = recompute(run_blocks, members, x, context, policy=self.recompute_policy)
             else:
                 x = run_blocks(members, x, context)
-        return run_stages(stages[blocks.stop : part.stop], x, context)
+        return x
 
     def compile_blocks(self) -> None:
         """Let torch compile the blocks when they first run: one graph, made once, serves all of them.
@@ -269,6 +283,15 @@ class GPT(nn.Module):
         for stage in self.stages():
             if isinstance(stage, Block):
                 stage.compile(fullgraph=True, dynamic=False)
+
+    def graph_blocks(self) -> None:
+        """Let a GPU record all blocks when they are first trained, and repeat them from then on.
+
+        Its micro-batches are of one shape, on one rank, and without positions or masks of their own.
+        """
+        blocks = [stage for stage in self.stages() if isinstance(stage, Block)]
+        parameters = [parameter for block in blocks for parameter in block.parameters()]
+        self._graphed_blocks = Graphed(partial(run_stages, blocks, context=Context()), parameters)
 
     def blocks_in(self, part: range) -> range:
         """Find the stages of `part` that are blocks: all but the two before the blocks and the two after them."""

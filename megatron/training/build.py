@@ -132,12 +132,13 @@ def _build_engine(
     memory = predict_memory(config, tokenizer.vocab_size, place.groups, recompute, fused=kernels.are_fused)
     model = build_model(config, tokenizer.vocab_size, place.groups, attention, recompute, place.device, kernels)
     compiled = "; blocks compiled" if config.kernels.compile else ""
+    graphed = "; blocks recorded as CUDA graphs" if config.kernels.cuda_graph else ""
     choices = [
         f" attention: {attention.name}, {attention_reason}",
         " each half of a micro-batch computes while shards of the other travel"
         if takes_halves(config.parallel)
         else None,
-        f" kernels: {reason}{compiled}",
+        f" kernels: {reason}{compiled}{graphed}",
         recompute.describe(),
         memory.describe() if place.device.type == "cuda" else None,  # of a process on a CPU it is a part
     ]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron.config.deepspeed_json import read_deepspeed_json
+from megatron.config.errors import ConfigError
 from megatron.config.sections import RunConfig
 from megatron.engine.interface import Engine
 from megatron.engine.settings import build_settings
@@ -101,7 +102,15 @@ def build_model(
     device: torch.device,
     kernels: Kernels = PLAIN,
 ) -> GPT:
-    """Make the model, in fp32, with empty weights; without any memory where no rank will hold the whole of it."""
+    """Make the model, in fp32, with empty weights; without any memory where no rank will hold the whole of it.
+
+    Raises:
+        ConfigError: a graph is to be recorded without a GPU.
+    """
+    if config.kernels.cuda_graph and device.type != "cuda":
+        raise ConfigError(
+            [f"--cuda-graph is work that a GPU repeats, and this run computes on a {device.type}: drop it"]
+        )
     in_parts = groups.pipeline.size > 1 or config.engine.zero_stage == 3
     with torch.device("meta") if in_parts else device:
         model = GPT(
@@ -118,6 +127,8 @@ def build_model(
         )
     if config.kernels.compile:
         model.compile_blocks()
+    if config.kernels.cuda_graph:
+        model.graph_blocks()
     return model
 
 

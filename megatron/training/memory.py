@@ -144,7 +144,7 @@ def plan_memory(
 
     Args:
         recompute: the policies of the stages, with the model and the shape of a rank's micro-batch.
-        kernels: of which the chunks of the loss count, and whether products take 8 bits.
+        kernels: of which the chunks of the loss count, whether products take 8 bits, and whether blocks are recorded.
         training: of which precision and the dtype of the sums count.
         engine: ZeRO's stage, offload and buckets.
         optimizer_slots: numbers that the optimizer keeps of each parameter: 2 for Adam, 1 for momentum.
@@ -183,12 +183,19 @@ def plan_memory(
                 chunk_size=kernels.loss_chunk_size,
                 fused=fused,
             )
-        plans.append(_plan_stage(recompute, stage, block, parameters, state, head))
+        plans.append(_plan_stage(recompute, stage, block, parameters, state, head, graphed=kernels.cuda_graph))
     return max(plans, key=lambda plan: plan.peak)
 
 
 def _plan_stage(
-    recompute: Recompute, stage: int, block: BlockMemory, parameters: int, state: StateMemory, head: int
+    recompute: Recompute,
+    stage: int,
+    block: BlockMemory,
+    parameters: int,
+    state: StateMemory,
+    head: int,
+    *,
+    graphed: bool,
 ) -> MemoryPlan:
     num_stages = len(recompute.stage_blocks)
     in_flight = micro_batches_in_flight(stage, num_stages, recompute.num_micro_batches)
@@ -205,6 +212,11 @@ def _plan_stage(
         "reduction": at_start + state.made + state.reducing,
         "step": at_start + state.made + state.stepping,
     }
+    if graphed:  # what the blocks take at their fullest is never given back
+        pool = max(activations + of_blocks.entering, left + state.made)
+        moments["loss"] = at_start + pool + head
+        moments["reduction"] += pool
+        moments["step"] += pool
     return MemoryPlan(
         parameters=parameters,
         state=state,
