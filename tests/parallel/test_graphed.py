@@ -11,7 +11,10 @@ from megatron.parallel.graphed import Graphed
 
 
 class Emulated(graphed._Recording):
-    """Replays by calling the function again, with results in the place of those before, as a graph has them."""
+    """Replays by calling the function again, with results in the place of those before, as a graph has them.
+
+    Forward destroys the gradients: their place in a graph's memory is that of activations.
+    """
 
     def __init__(self, function, x, parameters):
         self.passes, self._parameters = 0, parameters
@@ -23,6 +26,8 @@ class Emulated(graphed._Recording):
         live = []
 
         def forward():
+            for place in (self._grad_start, *self._gradients):
+                place.fill_(torch.nan)
             with torch.enable_grad():
                 live[:] = [function(start)]
             self._end.copy_(live[0])
