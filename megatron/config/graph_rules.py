@@ -10,18 +10,20 @@ from megatron.config.data import DataConfig
 from megatron.config.engine import EngineConfig
 from megatron.config.flags import spell
 from megatron.config.kernels import KernelsConfig
-from megatron.config.layout_rules import AXES
+from megatron.config.model import ModelConfig
 from megatron.config.parallel import ParallelConfig
 from megatron.config.training import TrainingConfig
+
+UNRECORDED_AXES = ("pipeline_model_parallel_size", "ds_sequence_parallel_size")
 
 
 def graphs_repeat_what_was_recorded(
     kernels: KernelsConfig, parallel: ParallelConfig, data: DataConfig
 ) -> Iterator[str]:
-    """The blocks do the same for each micro-batch, and talk to nobody."""
+    """The blocks do the same for each micro-batch, and talk to tensor ranks alone."""
     if not kernels.cuda_graph:
         return
-    hindrances = [f"{spell(axis)} {size}" for axis in AXES if (size := getattr(parallel, axis)) > 1]
+    hindrances = [f"{spell(axis)} {size}" for axis in UNRECORDED_AXES if (size := getattr(parallel, axis)) > 1]
     hindrances += [spell(name) for name in ("reset_position_ids", "reset_attention_mask") if getattr(data, name)]
     if kernels.recompute_granularity != "none":
         hindrances.append(f"--recompute-granularity {kernels.recompute_granularity}")
@@ -30,8 +32,26 @@ def graphs_repeat_what_was_recorded(
     hindrances += [spell(name) for name in ("fp8", "compile") if getattr(kernels, name)]
     if hindrances:
         yield (
-            f"--cuda-graph repeats for every micro-batch what one rank did for the first, which "
+            f"--cuda-graph repeats for every micro-batch what a rank did for the first, which "
             f"{' and '.join(hindrances)} would not: leave one or the other out."
+        )
+
+
+def graphs_draw_from_one_stream(kernels: KernelsConfig, parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+    """Where tensor ranks drop apart, the host seeds a stream for each, but for fused dropout, which drops by place."""
+    if not kernels.cuda_graph or parallel.tensor_model_parallel_size == 1:
+        return
+    apart = {
+        f"--attention-dropout {model.attention_dropout}": model.attention_dropout > 0,
+        f"--hidden-dropout {model.hidden_dropout} and --no-fused-kernels": (
+            model.hidden_dropout > 0 and kernels.no_fused_kernels and parallel.sequence_parallel
+        ),
+    }
+    if drops := [said for said, does in apart.items() if does]:
+        yield (
+            f"--cuda-graph with --tensor-model-parallel-size {parallel.tensor_model_parallel_size} and "
+            f"{' and '.join(drops)}: the host seeds what each rank drops, and would do so once; use a probability of "
+            f"0, or leave --cuda-graph out."
         )
 
 

@@ -70,8 +70,8 @@ class KernelsConfig:
     )
     cuda_graph: bool = flag(
         False,
-        help="record the blocks' work of a micro-batch once and let the GPU repeat it, for small models whose kernels "
-        "end before the host has launched the next; on data-parallel ranks alone, ZeRO 1 in bf16, without recompute",
+        help="record the blocks' work of a micro-batch once and let the GPU repeat it, for kernels that end before the "
+        "host has launched the next; on data-parallel and tensor ranks, ZeRO 1 in bf16, without recompute",
     )
     recompute_granularity: str = flag(
         "none",

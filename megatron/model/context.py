@@ -67,7 +67,7 @@ class Context:
     def is_constant(self) -> bool:
         """Whether a block reads the same here for every micro-batch."""
         own = (self.position_ids, self.attention_mask, self.documents, self.cache)
-        return all(value is None for value in own)
+        return all(value is None for value in own) and all(half.is_constant for half in self.halves or ())
 
     @property
     def offset(self) -> int:

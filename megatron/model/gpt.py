@@ -287,11 +287,17 @@ class GPT(nn.Module):
     def graph_blocks(self) -> None:
         """Let a GPU record all blocks when they are first trained, and repeat them from then on.
 
-        Its micro-batches are of one shape, on one rank, and without positions or masks of their own.
+        Micro-batches are of one shape, whole or all of them in halves, and without positions or masks of their own.
+        What tensor ranks tell each other is recorded too; `release_graphs` has to come before their group ends.
         """
         blocks = [stage for stage in self.stages() if isinstance(stage, Block)]
         parameters = [parameter for block in blocks for parameter in block.parameters()]
-        self._graphed_blocks = Graphed(partial(run_stages, blocks, context=Context()), parameters)
+        context = Context(halves=(Context(), Context()) if self.in_halves else None)
+        self._graphed_blocks = Graphed(partial(self._run_blocks, blocks, context=context), parameters)
+
+    def release_graphs(self) -> None:
+        """Give up what `graph_blocks` recorded; the blocks run as ever from now on."""
+        self._graphed_blocks = None
 
     def blocks_in(self, part: range) -> range:
         """Find the stages of `part` that are blocks: all but the two before the blocks and the two after them."""

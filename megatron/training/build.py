@@ -84,6 +84,8 @@ def build_trainer(config: RunConfig, environment: RankEnvironment, began: float 
         start.passed("data")
         engine, memory = _build_engine(config, tokenizer, place, attention, why, recompute, plan, reporter.say, start)
         resources.callback(engine.close)
+        if isinstance(engine.module, GPT):  # NCCL ends a group only when no graph has its collectives any more
+            resources.callback(engine.module.release_graphs)
         if resume is not None:
             restore(resume, engine, place, config.training.seed, drops=config.model.drops, say=reporter.say)
             start.passed("checkpoint")

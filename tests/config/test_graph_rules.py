@@ -12,8 +12,10 @@ REFUSED = {
     "--compile": "--compile would not",
     "--fp8": "--fp8 would not",
     "--recompute-granularity full --mlp-chunk-size 64": "full and --mlp-chunk-size 64 would not",
-    "--tensor-model-parallel-size 2": "--tensor-model-parallel-size 2 would not",
-    f"{HALVES} --micro-batch-size 2": "--tensor-model-parallel-size 2 would not",
+    "--tensor-model-parallel-size 2 --attention-dropout 0.1": "2 and --attention-dropout 0.1: ",
+    f"{HALVES} --micro-batch-size 2 --hidden-dropout 0.1 --no-fused-kernels --attention-dropout 0": (
+        "2 and --hidden-dropout 0.1 and --no-fused-kernels: "
+    ),
     "--pipeline-model-parallel-size 2": "--pipeline-model-parallel-size 2 would not",
     "--ds-sequence-parallel-size 2": "--ds-sequence-parallel-size 2 would not",
     "--reset-attention-mask": "--reset-attention-mask would not",
@@ -34,7 +36,16 @@ def test_what_a_gpu_would_not_repeat_is_refused_in_one_sentence(words):
     assert REFUSED[words] in told
 
 
-@pytest.mark.parametrize("words", ["", "--hidden-dropout 0.1 --attention-dropout 0.1", "--loss-chunk-size 64"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--hidden-dropout 0.1 --attention-dropout 0.1",
+        "--loss-chunk-size 64",
+        "--tensor-model-parallel-size 2 --hidden-dropout 0.1 --attention-dropout 0 --no-fused-kernels",
+        f"{HALVES} --micro-batch-size 2 --hidden-dropout 0.1 --attention-dropout 0",
+    ],
+)
 def test_what_it_repeats_as_well_is_allowed(words):
     config = load_run_config(legal("--cuda-graph", *words.split()), None).config
     assert list(broken_rules(config, None)) == []

@@ -12,7 +12,9 @@ from megatron.model.gpt import GPT
 from megatron.model.init import initialize_parameters
 from megatron.parallel import graphed
 from megatron.parallel.groups import ParallelGroups
+from tests.model.test_halves import on_tensor_ranks
 from tests.parallel.test_graphed import Emulated
+from tests.ranks import run_on_ranks
 
 FLAGS = shlex.split(
     """
@@ -59,6 +61,24 @@ def test_recorded_blocks_train_the_same_model(device):
     for found, exact in zip(losses_and_gradients(model, device), expected, strict=True):
         assert torch.equal(found, exact)
     assert model._graphed_blocks._recording.passes == 2 * 3
+
+
+def recorded_tensor_ranks_train_the_same_model(in_halves):
+    device = torch.get_default_device()
+    if device.type == "cpu":
+        graphed._Recording = Emulated
+    expected = losses_and_gradients(on_tensor_ranks(in_halves=in_halves), device)
+    model = on_tensor_ranks(in_halves=in_halves)
+    model.graph_blocks()
+    for found, exact in zip(losses_and_gradients(model, device), expected, strict=True):
+        assert torch.equal(found, exact)
+    assert model._graphed_blocks._recording.passes == 2 * 3
+    model.release_graphs()
+
+
+@pytest.mark.parametrize("in_halves", [False, True])
+def test_recorded_blocks_of_tensor_ranks_train_the_same_model(in_halves):
+    run_on_ranks(2, recorded_tensor_ranks_train_the_same_model, in_halves)
 
 
 def test_what_evaluates_does_not_repeat_what_was_recorded(device):

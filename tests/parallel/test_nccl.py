@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.model import test_graphed_blocks as graphed_blocks
 from tests.model import test_halves as halves
 from tests.parallel import test_collectives as collectives
 from tests.parallel import test_cross_entropy as cross_entropy
@@ -38,6 +39,8 @@ def name_of(item):
         (linear.gated_mlp_matches_dense, (True,)),
         (halves.halves_change_no_number, ("gpt2", 4, 0)),
         (halves.halves_change_no_number, ("one key/value head", 2, 24)),
+        (graphed_blocks.recorded_tensor_ranks_train_the_same_model, (False,)),
+        (graphed_blocks.recorded_tensor_ranks_train_the_same_model, (True,)),
         (embedding.embedding_matches_dense, (False,)),
         (embedding.embedding_matches_dense, (True,)),
         (embedding.positions_match_dense, (False,)),
