@@ -79,9 +79,11 @@ def trained_on_a_cpu(folder):
         model = trainer.engine.module
         if name == "graphed":
             model.graph_blocks()
+        repeated = model._graphed_blocks
         assert trainer.fit() == 0
         found.append({kind: losses(folder / name, kind) for kind in KINDS})
-        passes.append(0 if model._graphed_blocks is None else model._graphed_blocks._recording.passes)
+        passes.append(0 if repeated is None else repeated._recording.passes)
+        assert model._graphed_blocks is None, "released when the run ends"
     return found, passes
 
 
