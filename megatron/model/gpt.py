@@ -291,9 +291,8 @@ class GPT(nn.Module):
         What tensor ranks tell each other is recorded too; `release_graphs` has to come before their group ends.
         """
         blocks = [stage for stage in self.stages() if isinstance(stage, Block)]
-        parameters = [parameter for block in blocks for parameter in block.parameters()]
         context = Context(halves=(Context(), Context()) if self.in_halves else None)
-        self._graphed_blocks = Graphed(partial(self._run_blocks, blocks, context=context), parameters)
+        self._graphed_blocks = Graphed(partial(self._run_blocks, blocks, context=context), blocks)
 
     def release_graphs(self) -> None:
         """Give up what `graph_blocks` recorded; the blocks run as ever from now on."""

@@ -7,12 +7,13 @@ recorded: the same kernels on tensors of the same shapes at the same addresses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 WARM_UPS = 3
 """Passes before the recording, in which libraries load kernels and choose among them: a recording allows neither."""
@@ -29,14 +30,14 @@ class Graphed:
     ever; that of the tensor is for the operation that made it.
 
     Args:
-        function: takes one tensor and gives one, without asking anything of the host or of other ranks. What it draws
-            it draws from torch's generator, and each call draws anew, as without a graph.
-        parameters: what it reads besides and has gradients; their addresses must not change.
+        function: takes one tensor and gives one, without asking anything of the host. What it draws it draws from
+            torch's generator, and each call draws anew, as without a graph.
+        modules: whose parameters it reads; all have gradients, and their addresses must not change.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], parameters: Iterable[Tensor]) -> None:
-        self._function = function
-        self._parameters = tuple(parameters)
+    def __init__(self, function: Callable[[Tensor], Tensor], modules: Sequence[nn.Module]) -> None:
+        self._function = _Function(function, modules)
+        self._parameters = tuple(self._function.parameters())
         self._recording: _Recording | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -46,19 +47,41 @@ class Graphed:
             ValueError: x is not as in the first call.
         """
         if self._recording is None:
-            self._recording = _Recording(self._function, x, self._parameters)
+            self._recording = _Recording(self._function, x)
         result: Tensor = _Replay.apply(self._recording, x, *self._parameters)
         return result
+
+
+class _Function(nn.Module):
+    """A function of a tensor that reads the parameters of modules."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self._function = function
+        self._read = nn.ModuleList(modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._function(x)
+
+    def with_stand_ins(self) -> tuple[Callable[[Tensor], Tensor], tuple[Tensor, ...]]:
+        """Return the function, reading other leaves of the parameters' memory, and these.
+
+        The parameters themselves have hooks, of an engine that takes their gradients, for which autograd would make
+        the stream that they were registered on wait for the one that is recorded: that ends a recording.
+        """
+        leaves = {name: parameter.detach().requires_grad_() for name, parameter in self.named_parameters()}
+        return lambda x: functional_call(self, leaves, (x,)), tuple(leaves.values())
 
 
 class _Recording:
     """Both graphs, and the tensors through which they are spoken to."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, of: _Function, x: Tensor) -> None:
         self.passes = 0
-        self._parameters = parameters
+        self._parameters = tuple(of.parameters())
+        function, leaves = of.with_stand_ins()
         start = x.detach().clone().requires_grad_()
-        wanted = (start, *parameters)
+        wanted = (start, *leaves)
         drawn = torch.cuda.get_rng_state(x.device)
         _warm_up(function, start, wanted)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
