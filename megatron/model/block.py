@@ -38,6 +38,7 @@ class Block(nn.Module):
         attend: Callable[..., Tensor],
         rotary: Rotary | None,
         sequence_parallel: bool = False,
+        keep_gathered: bool = False,
         mlp_chunk_size: int = 0,
         kernels: Kernels = PLAIN,
     ) -> None:
@@ -51,11 +52,17 @@ class Block(nn.Module):
             attend=attend,
             rotary=rotary,
             sequence_parallel=sequence_parallel,
+            keep_gathered=keep_gathered,
             kernels=kernels,
         )
         self.mlp_norm = Norm(config, config.hidden_size, shards=shards, kernels=kernels)
         self.mlp = MLP(
-            config, group=group, sequence_parallel=sequence_parallel, chunk_size=mlp_chunk_size, kernels=kernels
+            config,
+            group=group,
+            sequence_parallel=sequence_parallel,
+            keep_gathered=keep_gathered,
+            chunk_size=mlp_chunk_size,
+            kernels=kernels,
         )
         self.dropout = HiddenDropout(config.hidden_dropout, shards=shards, kernels=kernels)
 

@@ -49,6 +49,8 @@ class GPT(nn.Module):
         attention: the chosen backend.
         sequence_parallel: keep only this tensor rank's shard of the sequence outside of the sharded products; the
             tensor ranks must then divide the length of the sequence.
+        keep_gathered: whether blocks keep what they gathered of these shards for backward, t times the memory, which
+            gathers them again otherwise.
         recompute_policy: which activations backward computes again instead of finding them kept.
         loss_chunk_size: tokens whose logits exist at a time where the loss is computed; 0: all of them.
         mlp_chunk_size: tokens for which the inside of an MLP exists at a time; 0: all of them.
@@ -65,6 +67,7 @@ class GPT(nn.Module):
         groups: ParallelGroups,
         attention: AttentionBackend,
         sequence_parallel: bool = False,
+        keep_gathered: bool = False,
         recompute_policy: RecomputePolicy = NONE,
         loss_chunk_size: int = 0,
         mlp_chunk_size: int = 0,
@@ -79,6 +82,7 @@ class GPT(nn.Module):
         self.groups = groups
         self.attention = with_softmax(attention, kernels.scaled_softmax)
         self.sequence_parallel = sequence_parallel
+        self.keep_gathered = keep_gathered
         self.recompute_policy = recompute_policy
         self.loss_chunk_size = loss_chunk_size
         self.mlp_chunk_size = mlp_chunk_size
@@ -108,6 +112,7 @@ class GPT(nn.Module):
                 attend=attend,
                 rotary=rotary,
                 sequence_parallel=sharded,
+                keep_gathered=self.keep_gathered,
                 mlp_chunk_size=self.mlp_chunk_size,
                 kernels=self.kernels,
             )

@@ -90,6 +90,7 @@ def predict_memory(
         replicas=groups.replicas.size,
         sequence_parallel=config.parallel.sequence_parallel,
         fused=fused,
+        keep_gathered=config.parallel.keep_gathered_inputs,
     )
 
 
@@ -119,6 +120,7 @@ def build_model(
             groups=groups,
             attention=attention,
             sequence_parallel=config.parallel.sequence_parallel,
+            keep_gathered=config.parallel.keep_gathered_inputs,
             recompute_policy=recompute.policies[groups.pipeline.rank],
             loss_chunk_size=config.kernels.loss_chunk_size,
             mlp_chunk_size=config.kernels.mlp_chunk_size,

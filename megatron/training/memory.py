@@ -139,6 +139,7 @@ def plan_memory(
     replicas: int,
     sequence_parallel: bool,
     fused: bool,
+    keep_gathered: bool = False,
 ) -> MemoryPlan:
     """Predict the peak of every pipeline stage, and return the highest.
 
@@ -152,9 +153,15 @@ def plan_memory(
         replicas: ranks over which ZeRO divides, data and Ulysses together.
         sequence_parallel: whether tensor ranks have shards of the sequence.
         fused: whether the fused kernels run.
+        keep_gathered: whether blocks keep what they gather of these shards.
     """
     block = block_memory(
-        recompute.config, recompute.shape, sequence_parallel=sequence_parallel, fused=fused, fp8=kernels.fp8
+        recompute.config,
+        recompute.shape,
+        sequence_parallel=sequence_parallel,
+        fused=fused,
+        fp8=kernels.fp8,
+        keep_gathered=keep_gathered,
     )
     plans = []
     last = len(recompute.stage_blocks) - 1

@@ -129,8 +129,8 @@ LONG = 512
 """Tokens of a sample, beside which the gradients of weights are small."""
 
 
-def peak_of_backward(tensor_size, changes):
-    """What backward of a block adds at most, in bytes, and the formula's answer."""
+def bytes_of_backward(tensor_size, changes, keep_gathered=False):
+    """What a block keeps for backward, what that adds at most, in bytes, and the formulas' answers."""
     alone = ParallelGroups.alone()
     groups = alone if tensor_size == 1 else create_groups(Mesh(tensor=tensor_size), dist.get_rank())
     config, sharded = tiny_config(num_layers=1, **changes), tensor_size > 1
@@ -140,6 +140,7 @@ def peak_of_backward(tensor_size, changes):
         groups=groups,
         attention=backend_called("sdpa"),
         sequence_parallel=sharded,
+        keep_gathered=keep_gathered,
     )
     initialize_parameters(model, 1, 0.2, 1)
     hidden = torch.randn(LONG // tensor_size, 2, HIDDEN, requires_grad=True)
@@ -148,13 +149,23 @@ def peak_of_backward(tensor_size, changes):
         alive.peak, before = 0, alive.total
         torch.autograd.backward(result, torch.randn_like(result))
     shape = UnitShape(tokens=2 * LONG, seq_length=LONG, tensor_size=tensor_size, itemsize=4)
-    return alive.peak - before, block_memory(config, shape, sequence_parallel=sharded, fused=False).working
+    predicted = block_memory(config, shape, sequence_parallel=sharded, fused=False, keep_gathered=keep_gathered)
+    return before, alive.peak - before, predicted
 
 
 @pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt2", "llama"])
 def test_backward_of_a_block_adds_what_the_formula_says(changes):
-    for added, predicted in [peak_of_backward(1, changes), *run_on_ranks(2, peak_of_backward, 2, changes)]:
-        assert added == pytest.approx(predicted, rel=0.05)
+    alone = bytes_of_backward(1, changes)
+    for _, added, predicted in [alone, *run_on_ranks(2, bytes_of_backward, 2, changes)]:
+        assert added == pytest.approx(predicted.working, rel=0.05)
+
+
+@pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt2", "llama"])
+def test_gathered_inputs_that_are_kept_are_kept_whole_and_not_made_again(changes):
+    (again, _, by_formula), _ = run_on_ranks(2, bytes_of_backward, 2, changes)
+    (kept, added, predicted), _ = run_on_ranks(2, bytes_of_backward, 2, changes, True)
+    assert added == pytest.approx(predicted.working, rel=0.05)
+    assert kept - again == predicted.kept - by_formula.kept == 2 * LONG * HIDDEN * 4 > 0
 
 
 def test_fused_kernels_and_tensor_ranks_keep_less():

@@ -34,6 +34,7 @@ def name_of(item):
         (collectives.norm_matches_dense, ()),
         (linear.column_matches_dense, (True, False)),
         (linear.column_matches_dense, (True, True)),
+        (linear.column_matches_dense, (True, True, True)),
         (linear.row_matches_dense, (True, False)),
         (linear.row_matches_dense, (True, True)),
         (linear.gated_mlp_matches_dense, (True,)),
