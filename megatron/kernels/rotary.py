@@ -198,10 +198,10 @@ def _layout(x_sbnd: Tensor, per_group: int) -> Layout:
     return address(x_sbnd), sequence, batch, per_group * head, head
 
 
-def _pairs(parts: Parts, product_sbc: Tensor) -> list[tuple[Layout, Layout, int, int, bool]]:
-    """Pair each part with its place in the product, as segments of the way there.
+def _segments(product_sbc: Tensor, parts: Parts, *, joins: bool) -> tuple[Segment, ...]:
+    """Pair the heads of a product with the parts that are cut from it, or joined to it.
 
-    The places are computed: views of the product, made to ask them, would take the host longer than the launch.
+    Their places are computed: views of the product, made to ask them, would take the host longer than the launch.
     """
     query, key, _ = parts
     _, _, groups, head_size = key.shape
@@ -209,16 +209,12 @@ def _pairs(parts: Parts, product_sbc: Tensor) -> list[tuple[Layout, Layout, int,
     sequence, batch, _ = product_sbc.stride()
     start, step, group = address(product_sbc), head_size * product_sbc.element_size(), (per_group + 2) * head_size
     kinds = ((0, per_group, True), (per_group, 1, True), (per_group + 1, 1, False))
-    return [
-        (
-            _layout(part, count),
-            (start + first * step, sequence, batch, group, head_size),
-            groups * count,
-            count,
-            is_rotated,
-        )
-        for part, (first, count, is_rotated) in zip(parts, kinds, strict=True)
-    ]
+    segments: list[Segment] = []
+    for part, (first, count, is_rotated) in zip(parts, kinds, strict=True):
+        inside, apart = (start + first * step, sequence, batch, group, head_size), _layout(part, count)
+        source, target = (apart, inside) if joins else (inside, apart)
+        segments.append((source, target, groups * count, count, is_rotated))
+    return tuple(segments)
 
 
 def _with_channels_together(x: Tensor) -> Tensor:
@@ -268,8 +264,7 @@ def _split_cuda(
 ) -> Parts:
     product_sbc = _with_channels_together(product_sbc)
     parts = _empty_parts(product_sbc, groups, head_size)
-    segments = tuple((inside, part, *kind) for part, inside, *kind in _pairs(parts, product_sbc))
-    _launch(segments, parts[0], (cosine, sine), ids_bs, interleaved, False)
+    _launch(_segments(product_sbc, parts, joins=False), parts[0], (cosine, sine), ids_bs, interleaved, False)
     return parts
 
 
@@ -304,7 +299,7 @@ def _join_cuda(
 ) -> Tensor:
     parts = _with_channels_together(query), _with_channels_together(key), _with_channels_together(value)
     product = _join_fake(query, key, value, cosine, sine, ids_bs, interleaved)
-    _launch(tuple(_pairs(parts, product)), query, (cosine, sine), ids_bs, interleaved, True)
+    _launch(_segments(product, parts, joins=True), query, (cosine, sine), ids_bs, interleaved, True)
     return product
 
 
