@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from megatron.model.dropout import HiddenDropout
 from megatron.model.mlp import MLP
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
+from megatron.parallel.gradient_sums import read_together, readers_over
 from megatron.parallel.groups import Group
 from megatron.parallel.linear import RowOutput
 
@@ -65,13 +68,19 @@ class Block(nn.Module):
             kernels=kernels,
         )
         self.dropout = HiddenDropout(config.hidden_dropout, shards=shards, kernels=kernels)
+        self.readers = readers_over(group, self)
+        """What reads parameters whose gradients sum up over the tensor ranks."""
+        self._reading: Callable[[], AbstractContextManager[None]] = (
+            partial(read_together, self.readers, group) if self.readers else nullcontext
+        )
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """[s, b, h] to [s, b, h], in the dtype of the residual stream."""
         branch: Any = None
-        for turn in self.turns:
-            hidden, branch = turn(hidden, branch, context)
-        return self.leave(hidden, branch)
+        with self._reading():
+            for turn in self.turns:
+                hidden, branch = turn(hidden, branch, context)
+            return self.leave(hidden, branch)
 
     @property
     def turns(self) -> tuple[Turn, ...]:
