@@ -83,9 +83,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment, began: float 
         inputs = _open_inputs(config, plan, place, tokenizer, attention, resume, reporter.say)
         start.passed("data")
         engine, memory = _build_engine(config, tokenizer, place, attention, why, recompute, plan, reporter.say, start)
-        resources.callback(engine.close)
-        if isinstance(engine.module, GPT):  # NCCL ends a group only when no graph has its collectives any more
-            resources.callback(engine.module.release_graphs)
+        resources.callback(_close, engine)
         if resume is not None:
             restore(resume, engine, place, config.training.seed, drops=config.model.drops, say=reporter.say)
             start.passed("checkpoint")
@@ -149,6 +147,12 @@ def _build_engine(
     engine = build_engine(config, model, place)
     start.passed("model and engine")
     return engine, memory
+
+
+def _close(engine: Engine) -> None:
+    if isinstance(engine.module, GPT):
+        engine.module.release_graphs()  # NCCL ends a group only when no graph has its collectives any more
+    engine.close()
 
 
 def build_plan(config: RunConfig, vocab_size: int, place: Place, recompute: Recompute, state: TrainState) -> Plan:
