@@ -6,6 +6,7 @@
 #   NUM_GPUS=1 TRAIN_ITERS=50 examples_deepspeed/pretrain_gpt_125M.sh --log-interval 1
 #   DATA_PATH=/data/web_text TOKENIZER_MODEL=/data/tokenizer.model examples_deepspeed/pretrain_gpt_125M.sh
 #
+# With --cuda-graph at the end a GPU repeats the blocks as recorded: their kernels are shorter than their launches.
 # What can be set is at the head of pretrain.sh.
 set -euo pipefail
 # shellcheck source=examples_deepspeed/pretrain.sh

@@ -2,6 +2,7 @@
 # GPT 350M (GPT-3 Medium), on any number of GPUs.
 # world size: 8
 #
+# With --cuda-graph at the end a GPU repeats the blocks as recorded: their kernels are shorter than their launches.
 # What can be set is at the head of pretrain.sh.
 set -euo pipefail
 # shellcheck source=examples_deepspeed/pretrain.sh

@@ -43,6 +43,7 @@ FEATURES: dict[str, Flags] = {
         **{"tensor_model_parallel_size": "2", "sequence_parallel": None},
         **{"tp_comm_overlap": "halves", "micro_batch_size": "2"},
     },
+    "inputs kept": {"tensor_model_parallel_size": "2", "sequence_parallel": None, "keep_gathered_inputs": None},
     "Ulysses": {"ds_sequence_parallel_size": "2"},
     "pipeline": {"pipeline_model_parallel_size": "2"},
     **{f"ZeRO {stage}": {"zero_stage": str(stage)} for stage in range(4)},
@@ -60,6 +61,7 @@ FEATURES: dict[str, Flags] = {
     "bf16": {"precision": "bf16"},
     "fp16": {"precision": "fp16"},
     "fp8": {"precision": "bf16", "fp8": None},
+    "CUDA graphs": {"precision": "bf16", "cuda_graph": None},
     "document masks": {"reset_attention_mask": None},
     "dropout": {"hidden_dropout": "0.1", "attention_dropout": "0.1"},
 }

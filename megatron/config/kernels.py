@@ -68,6 +68,11 @@ class KernelsConfig:
         help="compile the blocks by torch.compile, one graph for all, fused operations kept as they are; on "
         "data-parallel ranks alone, without recompute",
     )
+    cuda_graph: bool = flag(
+        False,
+        help="record the blocks' work of a micro-batch once and let the GPU repeat it, for kernels that end before the "
+        "host has launched the next; on data-parallel and tensor ranks, ZeRO 1 in bf16, without recompute",
+    )
     recompute_granularity: str = flag(
         "none",
         choices=("none", "full", "selective", "products"),

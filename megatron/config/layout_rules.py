@@ -97,6 +97,15 @@ def ranks_divide_the_sequence(parallel: ParallelConfig, data: DataConfig) -> Ite
         )
 
 
+def gathered_inputs_are_of_shards(parallel: ParallelConfig) -> Iterator[str]:
+    """Only shards of the sequence are gathered."""
+    if parallel.keep_gathered_inputs and not parallel.sequence_parallel:
+        yield (
+            "--keep-gathered-inputs keeps what tensor ranks gather of the sequence, of which they hold shards with "
+            "--sequence-parallel only: add that, or leave it out."
+        )
+
+
 def halves_trade_shards_of_the_sequence(parallel: ParallelConfig) -> Iterator[str]:
     """What travels beside the other half are shards of the sequence."""
     if parallel.tp_comm_overlap == "halves" and not parallel.sequence_parallel:

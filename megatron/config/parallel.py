@@ -25,6 +25,11 @@ class ParallelConfig:
     sequence_parallel: bool = flag(
         False, help="shard the activations outside the sharded products over the tensor ranks (Megatron's)"
     )
+    keep_gathered_inputs: bool = flag(
+        False,
+        help="with --sequence-parallel, keep what tensor ranks gather before a product for backward, as many times the "
+        "memory of that, instead of gathering it again: eight collectives of a block where there are ten",
+    )
     tp_comm_overlap: str = flag(
         "none",
         choices=("none", "halves"),

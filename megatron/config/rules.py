@@ -15,6 +15,7 @@ from typing import Any
 from megatron.config import (
     data_rules,
     fp8_rules,
+    graph_rules,
     layout_rules,
     model_rules,
     output_rules,
@@ -36,6 +37,7 @@ RULE_MODULES = (
     model_rules,
     layout_rules,
     fp8_rules,
+    graph_rules,
     recompute_rules,
     training_rules,
     schedule_rules,

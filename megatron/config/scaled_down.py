@@ -73,7 +73,8 @@ def scale_down(config: RunConfig, *, data_size: int, steps: int, data_prefix: st
         config,
         model=replace(model, num_layers=_small_depth(config.model, parallel, unit)),
         parallel=parallel,
-        kernels=replace(config.kernels, recompute_num_layers=unit),
+        # Without a graph: it repeats the same work, and the comparison may run on a CPU.
+        kernels=replace(config.kernels, recompute_num_layers=unit, cuda_graph=False),
         training=_small_training(config.training, parallel, data_size, steps),
         optimizer=_constant_rates(config.optimizer),
         engine=replace(config.engine, **SMALL_BUCKETS),

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 import deepspeed
 import pydantic
 import torch
 import torch.distributed as dist
-from deepspeed.runtime import compiler
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.utils import is_model_parallel_parameter
@@ -37,6 +36,7 @@ from megatron.engine.interface import Engine, MicroBatch, StepResult
 from megatron.engine.launch import quiet_stdout
 from megatron.engine.mpu import DeepSpeedGroups
 from megatron.engine.stopwatch import Stopwatch
+from megatron.engine.without_compiler import import_muon, keep_off_optimizers
 from megatron.engine.zero import prepare_zero, restore_globals
 from megatron.parallel.collectives import reduce_from_group
 from megatron.parallel.groups import ParallelGroups
@@ -81,7 +81,9 @@ def initialize(
     """
     # DeepSpeed's collectives go by names that torch 2.13 renamed, which it would say at each call.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    _import_muon()
+    import_muon()
+    keep_off_optimizers()
+    gc.freeze()  # DeepSpeed collects garbage half a dozen times: it need not search through all that was there before
     try:
         with quiet_stdout():
             engine, *_ = deepspeed.initialize(
@@ -95,22 +97,10 @@ def initialize(
         raise ConfigError(
             [f"--deepspeed_config: {'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
         ) from error
+    finally:
+        gc.unfreeze()
     sum_in_one_pass(engine.optimizer)
     return engine
-
-
-def _import_muon() -> None:
-    """Import DeepSpeed's Muon, as it does itself for every optimizer, but without torch's compiler.
-
-    Its functions, which nothing here calls, are decorated with `torch.compile`; that loads all of the compiler, in each
-    start of each rank.
-    """
-    own = compiler.compile
-    compiler.compile = lambda: compiler.dummy_decorator
-    try:
-        import_module("deepspeed.runtime.zero.muon.original_muon")
-    finally:
-        compiler.compile = own
 
 
 class FlatEngine:

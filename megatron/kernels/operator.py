@@ -54,9 +54,15 @@ class Operator:
             ctx.set_materialize_grads(False)
             setup_context(ctx, inputs, output)
 
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = self._cuda(*inputs)
+            setup(ctx, inputs, output)
+            return output
+
         torch.library.register_autograd(self.overload, backward, setup_context=setup, lib=LIBRARY)
-        straight = {"forward": staticmethod(self._cuda), "setup_context": staticmethod(setup)}
-        self._function = type("Straight", (torch.autograd.Function,), {**straight, "backward": staticmethod(backward)})
+        # Not with a `setup_context`: torch would bind each call's arguments to the signature, longer than all the rest.
+        straight = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._function = type("Straight", (torch.autograd.Function,), straight)
 
     def __call__(self, *inputs: Any) -> Any:
         """Compute it; the arguments are those of the schema, in order."""

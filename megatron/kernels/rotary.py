@@ -155,43 +155,66 @@ def _why_not(x: Tensor, table: Tensor) -> str | None:
     return why_not_computed(x.dtype)
 
 
-Heads = tuple[Tensor, Tensor, bool]
-"""Heads to read and to write, [s, b, n, d] or [s, b, k, g, d] each, and whether they are rotated or copied."""
+Layout = tuple[int, int, int, int, int]
+"""Where heads [s, b, k, g, d] lie: address, and strides of sequence, batch, group and head. Channels lie together."""
+Segment = tuple[Layout, Layout, int, int, bool]
+"""Heads to read and to write, how many, how many of a group, and whether they are rotated or copied."""
+Parts = tuple[Tensor, Tensor, Tensor]
+"""Query, key and value."""
 
 
 def _launch(
-    segments: tuple[Heads, ...], tables: tuple[Tensor, Tensor], ids_bs: Tensor | None, interleaved: bool, inverse: bool
+    segments: tuple[Segment, ...],
+    like_sbnd: Tensor,
+    tables: tuple[Tensor, Tensor],
+    ids_bs: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
 ) -> None:
-    """Rotate or copy heads of any strides but the last dim's."""
-    x, (cosine, sine) = segments[0][0], (table.contiguous() for table in tables)
+    """Rotate or copy heads that are like these in tokens, size and dtype."""
+    cosine, sine = tables[0].contiguous(), tables[1].contiguous()
     ids_bs = None if ids_bs is None else ids_bs.long().contiguous()
-    if ids_bs is None and cosine.shape[0] < x.shape[0]:
-        raise ValueError(f"rotary tables of {cosine.shape[0]} positions are too short for {x.shape[0]} tokens")
+    sequence, batch, _, head_size = like_sbnd.shape
+    if ids_bs is None and cosine.shape[0] < sequence:
+        raise ValueError(f"rotary tables of {cosine.shape[0]} positions are too short for {sequence} tokens")
     load_kernel("rotary").rotate(
-        tuple(_segment(*heads) for heads in segments),
+        segments,
         address(cosine),
         address(sine),
         address(ids_bs),
-        x.shape[0],
-        x.shape[1],
-        x.shape[-1],
+        sequence,
+        batch,
+        head_size,
         2 * cosine.shape[-1],
         interleaved,
         -1.0 if inverse else 1.0,
-        DTYPE_CODES[x.dtype],
-        *place(x),
+        DTYPE_CODES[like_sbnd.dtype],
+        *place(like_sbnd),
     )
 
 
-def _segment(x: Tensor, to: Tensor, is_rotated: bool) -> tuple[Any, ...]:
-    per_group = next((heads.shape[3] for heads in (x, to) if heads.dim() == 5), 1)
-    return _layout(x, per_group), _layout(to, per_group), x.shape[2:-1].numel(), per_group, is_rotated
+def _layout(x_sbnd: Tensor, per_group: int) -> Layout:
+    sequence, batch, head, _ = x_sbnd.stride()
+    return address(x_sbnd), sequence, batch, per_group * head, head
 
 
-def _layout(x: Tensor, per_group: int) -> tuple[int, int, int, int, int]:
-    """Address and strides of sequence, batch, group and head."""
-    group, head = (x.stride(2), x.stride(3)) if x.dim() == 5 else (per_group * x.stride(2), x.stride(2))
-    return address(x), x.stride(0), x.stride(1), group, head
+def _segments(product_sbc: Tensor, parts: Parts, *, joins: bool) -> tuple[Segment, ...]:
+    """Pair the heads of a product with the parts that are cut from it, or joined to it.
+
+    Their places are computed: views of the product, made to ask them, would take the host longer than the launch.
+    """
+    query, key, _ = parts
+    _, _, groups, head_size = key.shape
+    per_group = query.shape[2] // groups
+    sequence, batch, _ = product_sbc.stride()
+    start, step, group = address(product_sbc), head_size * product_sbc.element_size(), (per_group + 2) * head_size
+    kinds = ((0, per_group, True), (per_group, 1, True), (per_group + 1, 1, False))
+    segments: list[Segment] = []
+    for part, (first, count, is_rotated) in zip(parts, kinds, strict=True):
+        inside, apart = (start + first * step, sequence, batch, group, head_size), _layout(part, count)
+        source, target = (apart, inside) if joins else (inside, apart)
+        segments.append((source, target, groups * count, count, is_rotated))
+    return tuple(segments)
 
 
 def _with_channels_together(x: Tensor) -> Tensor:
@@ -203,7 +226,9 @@ def _rotate_cuda(
 ) -> Tensor:
     x_sbnd = _with_channels_together(x_sbnd)
     rotated = x_sbnd.new_empty(x_sbnd.shape)
-    _launch(((x_sbnd, rotated, True),), (cosine, sine), ids_bs, interleaved, inverse)
+    heads = x_sbnd.shape[2]
+    segment = (_layout(x_sbnd, 1), _layout(rotated, 1), heads, 1, True)
+    _launch((segment,), x_sbnd, (cosine, sine), ids_bs, interleaved, inverse)
     return rotated
 
 
@@ -219,9 +244,6 @@ def _rotate_fake(
     x_sbnd: Tensor, cosine: Tensor, sine: Tensor, ids_bs: Tensor | None, interleaved: bool, inverse: bool
 ) -> Tensor:
     return x_sbnd.new_empty(x_sbnd.shape)
-
-
-Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def _empty_parts(product_sbc: Tensor, groups: int, head_size: int) -> Parts:
@@ -241,11 +263,9 @@ def _split_cuda(
     interleaved: bool,
 ) -> Parts:
     product_sbc = _with_channels_together(product_sbc)
-    query, key, value = _empty_parts(product_sbc, groups, head_size)
-    heads = product_sbc.unflatten(-1, (groups, -1, head_size))
-    segments = ((heads[..., :-2, :], query, True), (heads[..., -2, :], key, True), (heads[..., -1, :], value, False))
-    _launch(segments, (cosine, sine), ids_bs, interleaved, False)
-    return query, key, value
+    parts = _empty_parts(product_sbc, groups, head_size)
+    _launch(_segments(product_sbc, parts, joins=False), parts[0], (cosine, sine), ids_bs, interleaved, False)
+    return parts
 
 
 def _split_cpu(
@@ -277,11 +297,9 @@ def _split_fake(
 def _join_cuda(
     query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor, ids_bs: Tensor | None, interleaved: bool
 ) -> Tensor:
-    query, key, value = (_with_channels_together(x) for x in (query, key, value))
+    parts = _with_channels_together(query), _with_channels_together(key), _with_channels_together(value)
     product = _join_fake(query, key, value, cosine, sine, ids_bs, interleaved)
-    heads = product.unflatten(-1, (key.shape[2], -1, key.shape[3]))
-    segments = ((query, heads[..., :-2, :], True), (key, heads[..., -2, :], True), (value, heads[..., -1, :], False))
-    _launch(segments, (cosine, sine), ids_bs, interleaved, True)
+    _launch(_segments(product, parts, joins=True), query, (cosine, sine), ids_bs, interleaved, True)
     return product
 
 

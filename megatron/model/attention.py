@@ -37,6 +37,7 @@ class Attention(nn.Module):
         attend: computes softmax(query key^T) value, whether or not sequences are divided over ranks.
         rotary: rotates queries and keys by position, or nothing.
         sequence_parallel: whether the hidden states are this rank's shard of the sequence.
+        keep_gathered: whether the first product keeps what it gathered of them.
         kernels: what computes the products and the norms of query and key, and cuts their product.
     """
 
@@ -49,6 +50,7 @@ class Attention(nn.Module):
         attend: Callable[..., Tensor],
         rotary: Rotary | None,
         sequence_parallel: bool = False,
+        keep_gathered: bool = False,
         kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
@@ -70,6 +72,7 @@ class Attention(nn.Module):
             bias=config.add_qkv_bias,
             group=group,
             sequence_parallel=sequence_parallel,
+            keep_gathered=keep_gathered,
             products=kernels.products,
         )
         self.query_norm = Norm(config, self.head_size, shards=group, kernels=kernels) if config.qk_layernorm else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from megatron.model.dropout import HiddenDropout
 from megatron.model.mlp import MLP
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
+from megatron.parallel.gradient_sums import read_together, readers_over
 from megatron.parallel.groups import Group
 from megatron.parallel.linear import RowOutput
 
@@ -38,6 +41,7 @@ class Block(nn.Module):
         attend: Callable[..., Tensor],
         rotary: Rotary | None,
         sequence_parallel: bool = False,
+        keep_gathered: bool = False,
         mlp_chunk_size: int = 0,
         kernels: Kernels = PLAIN,
     ) -> None:
@@ -51,20 +55,32 @@ class Block(nn.Module):
             attend=attend,
             rotary=rotary,
             sequence_parallel=sequence_parallel,
+            keep_gathered=keep_gathered,
             kernels=kernels,
         )
         self.mlp_norm = Norm(config, config.hidden_size, shards=shards, kernels=kernels)
         self.mlp = MLP(
-            config, group=group, sequence_parallel=sequence_parallel, chunk_size=mlp_chunk_size, kernels=kernels
+            config,
+            group=group,
+            sequence_parallel=sequence_parallel,
+            keep_gathered=keep_gathered,
+            chunk_size=mlp_chunk_size,
+            kernels=kernels,
         )
         self.dropout = HiddenDropout(config.hidden_dropout, shards=shards, kernels=kernels)
+        self.readers = readers_over(group, self)
+        """What reads parameters whose gradients sum up over the tensor ranks."""
+        self._reading: Callable[[], AbstractContextManager[None]] = (
+            partial(read_together, self.readers, group) if self.readers else nullcontext
+        )
 
     def forward(self, hidden: Tensor, context: Context) -> Tensor:
         """[s, b, h] to [s, b, h], in the dtype of the residual stream."""
         branch: Any = None
-        for turn in self.turns:
-            hidden, branch = turn(hidden, branch, context)
-        return self.leave(hidden, branch)
+        with self._reading():
+            for turn in self.turns:
+                hidden, branch = turn(hidden, branch, context)
+            return self.leave(hidden, branch)
 
     @property
     def turns(self) -> tuple[Turn, ...]:

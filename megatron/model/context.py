@@ -64,6 +64,12 @@ class Context:
     """Computes the loss from the output head's input and weight, which then gives no logits; None: it gives them."""
 
     @property
+    def is_constant(self) -> bool:
+        """Whether a block reads the same here for every micro-batch."""
+        own = (self.position_ids, self.attention_mask, self.documents, self.cache)
+        return all(value is None for value in own) and all(half.is_constant for half in self.halves or ())
+
+    @property
     def offset(self) -> int:
         """Position of the first token where no position ids say otherwise."""
         return self.cache.length if self.cache is not None else self.first_position

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 
 from megatron.config.errors import ConfigError
 from megatron.config.model import ModelConfig
@@ -26,6 +26,7 @@ from megatron.model.head import OutputHead, TiedOutputHead
 from megatron.model.loss import chunked_masked_loss, masked_loss
 from megatron.model.norm import Norm
 from megatron.model.rotary import Rotary
+from megatron.parallel.graphed import Graphed
 from megatron.parallel.groups import ParallelGroups
 from megatron.parallel.recompute import NONE, RecomputePolicy, recompute, recomputed
 from megatron.parallel.ulysses import UlyssesAttention
@@ -48,6 +49,8 @@ class GPT(nn.Module):
         attention: the chosen backend.
         sequence_parallel: keep only this tensor rank's shard of the sequence outside of the sharded products; the
             tensor ranks must then divide the length of the sequence.
+        keep_gathered: whether blocks keep what they gathered of these shards for backward, t times the memory, which
+            gathers them again otherwise.
         recompute_policy: which activations backward computes again instead of finding them kept.
         loss_chunk_size: tokens whose logits exist at a time where the loss is computed; 0: all of them.
         mlp_chunk_size: tokens for which the inside of an MLP exists at a time; 0: all of them.
@@ -64,6 +67,7 @@ class GPT(nn.Module):
         groups: ParallelGroups,
         attention: AttentionBackend,
         sequence_parallel: bool = False,
+        keep_gathered: bool = False,
         recompute_policy: RecomputePolicy = NONE,
         loss_chunk_size: int = 0,
         mlp_chunk_size: int = 0,
@@ -78,10 +82,12 @@ class GPT(nn.Module):
         self.groups = groups
         self.attention = with_softmax(attention, kernels.scaled_softmax)
         self.sequence_parallel = sequence_parallel
+        self.keep_gathered = keep_gathered
         self.recompute_policy = recompute_policy
         self.loss_chunk_size = loss_chunk_size
         self.mlp_chunk_size = mlp_chunk_size
         self.in_halves = in_halves
+        self._graphed_blocks: Graphed | None = None
         self.tied_modules = nn.ModuleDict()
         self._stage_names: list[str] = []
         for index, stage in enumerate(self._build_stages()):
@@ -106,6 +112,7 @@ class GPT(nn.Module):
                 attend=attend,
                 rotary=rotary,
                 sequence_parallel=sharded,
+                keep_gathered=self.keep_gathered,
                 mlp_chunk_size=self.mlp_chunk_size,
                 kernels=self.kernels,
             )
@@ -249,17 +256,29 @@ class GPT(nn.Module):
             x: tokens [b, s] for the first stage, else what the stage before `part` gave.
             context: of the whole micro-batch.
             part: consecutive indices of stages.
+
+        Raises:
+            ValueError: the blocks are recorded, and this micro-batch has a context of its own.
         """
         stages, blocks = self.stages(), self.blocks_in(part)
-        run_blocks = run_stages if context.halves is None else partial(run_in_halves, group=self.groups.tensor)
         x = run_stages(stages[part.start : blocks.start], x, context)
+        if self._graphed_blocks is not None and self.training and is_grad_enabled():
+            if not context.is_constant:
+                raise ValueError("blocks that were recorded take no positions, masks, documents or cache of their own")
+            x = self._graphed_blocks(x)
+        else:
+            x = self._run_blocks(stages[blocks.start : blocks.stop], x, context)
+        return run_stages(stages[blocks.stop : part.stop], x, context)
+
+    def _run_blocks(self, blocks: Sequence[nn.Module], x: Tensor, context: Context) -> Tensor:
+        run_blocks = run_stages if context.halves is None else partial(run_in_halves, group=self.groups.tensor)
         for unit in self.recompute_policy.units(len(blocks)):
-            members = stages[blocks.start + unit.first : blocks.start + unit.end]
+            members = blocks[unit.first : unit.end]
             if unit.is_recomputed:
                 x = recompute(run_blocks, members, x, context, policy=self.recompute_policy)
             else:
                 x = run_blocks(members, x, context)
-        return run_stages(stages[blocks.stop : part.stop], x, context)
+        return x
 
     def compile_blocks(self) -> None:
         """Let torch compile the blocks when they first run: one graph, made once, serves all of them.
@@ -269,6 +288,20 @@ class GPT(nn.Module):
         for stage in self.stages():
             if isinstance(stage, Block):
                 stage.compile(fullgraph=True, dynamic=False)
+
+    def graph_blocks(self) -> None:
+        """Let a GPU record all blocks when they are first trained, and repeat them from then on.
+
+        Micro-batches are of one shape, whole or all of them in halves, and without positions or masks of their own.
+        What tensor ranks tell each other is recorded too; `release_graphs` has to come before their group ends.
+        """
+        blocks = [stage for stage in self.stages() if isinstance(stage, Block)]
+        context = Context(halves=(Context(), Context()) if self.in_halves else None)
+        self._graphed_blocks = Graphed(partial(self._run_blocks, blocks, context=context), blocks)
+
+    def release_graphs(self) -> None:
+        """Give up what `graph_blocks` recorded; the blocks run as ever from now on."""
+        self._graphed_blocks = None
 
     def blocks_in(self, part: range) -> range:
         """Find the stages of `part` that are blocks: all but the two before the blocks and the two after them."""

@@ -52,7 +52,8 @@ def run_in_halves(blocks: Sequence[nn.Module], hidden: Tensor, context: Context,
         raise ValueError("the context of a micro-batch in halves has one for each of them")
     halves = (half.contiguous() for half in hidden.chunk(2, dim=1))
     first, second = (_turns(blocks, half, own) for half, own in zip(halves, context.halves, strict=True))
-    with read_together(blocks, group):
+    readers = [reader for block in blocks if isinstance(block, Block) for reader in block.readers]
+    with read_together(readers, group):
         return torch.cat(alternate(first, second), dim=1)
 
 

@@ -30,7 +30,13 @@ class BlockMemory:
 
 
 def block_memory(
-    config: ModelConfig, shape: UnitShape, *, sequence_parallel: bool, fused: bool, fp8: bool = False
+    config: ModelConfig,
+    shape: UnitShape,
+    *,
+    sequence_parallel: bool,
+    fused: bool,
+    fp8: bool = False,
+    keep_gathered: bool = False,
 ) -> BlockMemory:
     """Count a block's activations.
 
@@ -40,6 +46,7 @@ def block_memory(
         sequence_parallel: whether hidden states between the products are shards.
         fused: whether the fused kernels run, which keep less than plain torch does.
         fp8: whether the products keep their inputs in 8 bits, but for shards that backward gathers once more.
+        keep_gathered: whether there are none of these, as the whole is kept.
     """
     rows, tensor, itemsize = shape.tokens, shape.tensor_size, shape.itemsize
     shards = tensor if sequence_parallel else 1
@@ -47,9 +54,11 @@ def block_memory(
     hidden, halves = config.hidden_size, 2 if config.gated else 1
     statistics = 8 if config.normalization == "layernorm" else 4
     operand = 1 if fp8 else itemsize
-    norm = (stream_item + (operand if shards == 1 else itemsize)) * hidden + statistics
+    norm = stream_item * hidden + statistics
     masks = 2 * hidden if config.hidden_dropout and not fused else 0
-    whole = (2 * norm + masks) / shards
+    gathered = 0 if shards == 1 or not keep_gathered else 1 if shape.mlp_chunk else 2  # chunks gather for themselves
+    sharded = (2 - gathered) * hidden * (operand if shards == 1 else itemsize)
+    whole = (2 * norm + masks + sharded) / shards + gathered * hidden * operand
     mlp = (2 * halves if config.gated and not fused else halves + 1) * config.ffn_hidden_size
     mlp_bytes = 0 if shape.mlp_chunk else itemsize * mlp - (itemsize - operand) * config.ffn_hidden_size
     attended = fp8 * config.num_attention_heads * config.kv_channels  # attention keeps its result in the other form
@@ -57,11 +66,22 @@ def block_memory(
     return BlockMemory(
         kept=round(rows * (whole + divided)),
         stream=round(rows * stream_item * hidden / shards),
-        working=round(_working_bytes(config, shape, rows * stream_item * hidden / shards, gathers=shards > 1, fp8=fp8)),
+        working=round(
+            _working_bytes(
+                config,
+                shape,
+                rows * stream_item * hidden / shards,
+                gathers=shards > 1,
+                gathers_again=shards > 1 and not keep_gathered,
+                fp8=fp8,
+            )
+        ),
     )
 
 
-def _working_bytes(config: ModelConfig, shape: UnitShape, stream: float, *, gathers: bool, fp8: bool) -> float:
+def _working_bytes(
+    config: ModelConfig, shape: UnitShape, stream: float, *, gathers: bool, gathers_again: bool, fp8: bool
+) -> float:
     """Count what backward of a block adds at most: in its MLP, or where that is in chunks, in either half."""
     itemsize, hidden, tensor = shape.itemsize, config.hidden_size, shape.tensor_size
     halves, inner = 2 if config.gated else 1, config.ffn_hidden_size / tensor
@@ -69,7 +89,7 @@ def _working_bytes(config: ModelConfig, shape: UnitShape, stream: float, *, gath
         # Of the down product, the activation, the up product in turn: what came out of one is freed with the next.
         of_down = inner + hidden * gathers
         of_activation = halves * inner * (itemsize + 2 * fp8) / itemsize
-        of_up = hidden * (1 + gathers) - inner
+        of_up = hidden * (1 + gathers_again) - inner
         return itemsize * shape.tokens * max(of_down, of_activation, of_up) + stream
     gathered = 2 * itemsize * hidden  # a product's whole input, and its gradient
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.kv_channels / tensor

@@ -27,6 +27,7 @@ class MLP(nn.Module):
         *,
         group: Group,
         sequence_parallel: bool = False,
+        keep_gathered: bool = False,
         chunk_size: int = 0,
         kernels: Kernels = PLAIN,
     ) -> None:
@@ -38,7 +39,9 @@ class MLP(nn.Module):
         chunks = SequenceChunks(group=group, size=chunk_size, sequence_parallel=sequence_parallel)
         self.chunks = chunks if chunk_size else None
         blocks = 2 if config.gated else 1
-        self.up = ColumnParallelLinear(hidden, blocks * inner, bias=bias, blocks=blocks, **shared)
+        self.up = ColumnParallelLinear(
+            hidden, blocks * inner, bias=bias, blocks=blocks, keep_gathered=keep_gathered, **shared
+        )
         self.down = RowParallelLinear(inner, hidden, bias=bias, init="scaled_normal", **shared)
 
     def forward(self, hidden: Tensor, *, with_bias: bool = True) -> Tensor:

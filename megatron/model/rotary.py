@@ -63,7 +63,7 @@ class Rotary:
         # Rounded up, so that generating past the table's length makes few tables instead of one a token.
         length = self.table_length if needed <= self.table_length else 1 << (needed - 1).bit_length()
         cos, sin = rotary_tables(self.frequencies, self.scale, length, x.device)
-        if position_ids_bs is None:
+        if position_ids_bs is None and offset:
             cos, sin = cos[offset:], sin[offset:]
         return {"cos_pr": cos, "sin_pr": sin, "interleaved": self.interleaved, "position_ids_bs": position_ids_bs}
 

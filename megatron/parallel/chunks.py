@@ -108,13 +108,13 @@ def _write_product(to: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def add_product(total: Tensor | None, grad: Tensor, rows: Tensor) -> Tensor:
-    """Add the weight's gradient of a chunk, grad^T rows, to the sum so far, in place; both in fp32.
+    """Add the weight's gradient of a chunk, grad^T rows, to the sum so far, in place; both in fp32 at least.
 
     Rounded once, when all chunks are in it, the sum is as exact as one product of all rows, which sums in fp32 too.
     """
-    left = grad.t()
-    if rows.dtype == torch.float32 or rows.device.type != "cuda":
-        left, rows = left.float(), rows.float()
+    left, exact = grad.t(), torch.promote_types(rows.dtype, torch.float32)
+    if rows.dtype == exact or rows.device.type != "cuda":
+        left, rows = left.to(exact), rows.to(exact)
         return left @ rows if total is None else total.add_(left @ rows)
     if total is None:
         return torch.mm(left, rows, out_dtype=torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class SumsGradients(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self._held: tuple[Tensor, ...] | None = None
+        self._held: list[Tensor] = []  # filled and cleared in place: a module takes long to set an attribute
 
     @property
     @abstractmethod
@@ -58,30 +59,37 @@ class SumsGradients(nn.Module, ABC):
 
     def read(self) -> tuple[Tensor, ...]:
         """Give the parameters, to be used on this rank's shard."""
-        if self._held is not None:
-            return self._held
+        if self._held:
+            return tuple(self._held)
         return sum_gradients(self.summed_parameters, self.summing_group)
 
 
+def readers_over(group: Group, module: nn.Module) -> list[SumsGradients]:
+    """Find in a module those that have parameters whose gradients sum up over several ranks, these ones."""
+    return [
+        reader
+        for reader in module.modules()
+        if isinstance(reader, SumsGradients)
+        and reader.summing_group is group
+        and group.size > 1
+        and reader.summed_parameters
+    ]
+
+
 @contextmanager
-def read_together(modules: Sequence[nn.Module], group: Group) -> Iterator[None]:
-    """Within the context the parameters that sum up over a group are read once, however often they are used.
+def read_together(readers: Sequence[SumsGradients], group: Group) -> Iterator[None]:
+    """Within the context the parameters of readers, of `readers_over`, are read once, however often they are used.
 
     One collective then sums the gradients of all of them, when backward comes to the beginning of the context. Read
     where they are used, each use has a collective of its own, so small that the time is that of starting it.
     """
-    readers = [
-        reader
-        for module in modules
-        for reader in module.modules()
-        if isinstance(reader, SumsGradients) and reader.summing_group is group and reader.summed_parameters
-    ]
-    parameters = [parameter for reader in readers for parameter in reader.summed_parameters]
-    whole = iter(sum_gradients(parameters, group))
-    for reader in readers:
-        reader._held = tuple(next(whole) for _ in reader.summed_parameters)
+    parameters = [reader.summed_parameters for reader in readers]
+    whole = sum_gradients(list(chain.from_iterable(parameters)), group)
+    ends = accumulate(map(len, parameters))
+    for reader, own, end in zip(readers, parameters, ends, strict=True):
+        reader._held.extend(whole[end - len(own) : end])
     try:
         yield
     finally:
         for reader in readers:
-            reader._held = None
+            reader._held.clear()

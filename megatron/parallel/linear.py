@@ -56,6 +56,7 @@ class ColumnParallelLinear(nn.Module):
             is [block 0's part; block 1's part; ...]: 2 for the fused gate and up of a gated MLP.
         padding: how many output features at the end are padding, of a padded vocabulary.
         sequence_parallel: whether the input is this rank's shard of the sequence.
+        keep_gathered: whether what was gathered of shards is kept for backward, which gathers them again otherwise.
         products: what multiplies; None: torch's own products.
 
     Raises:
@@ -73,12 +74,14 @@ class ColumnParallelLinear(nn.Module):
         blocks: int = 1,
         padding: int = 0,
         sequence_parallel: bool = False,
+        keep_gathered: bool = False,
         products: Products | None = None,
     ) -> None:
         super().__init__()
         local = blocks * divide(out_features // blocks, group, "output features")
         self.group = group
         self.sequence_parallel = sequence_parallel
+        self.keep_gathered = keep_gathered
         self.products = products or PLAIN
         self.weight = nn.Parameter(torch.empty(local, in_features))
         equal_blocks = (1,) * blocks
@@ -105,6 +108,7 @@ class ColumnParallelLinear(nn.Module):
             bias,
             group=self.group,
             sequence_parallel=self.sequence_parallel,
+            keep_gathered=self.keep_gathered,
             products=self.products,
         )
 
@@ -215,6 +219,7 @@ def column_parallel_product(
     *,
     group: Group,
     sequence_parallel: bool = False,
+    keep_gathered: bool = False,
     products: Products = PLAIN,
 ) -> Tensor:
     """Multiply by a weight whose rows are divided over the group, e.g. the tied embedding as the output head.
@@ -226,6 +231,7 @@ def column_parallel_product(
         bias: this rank's part, [out/t].
         group: the ranks that share the rows.
         sequence_parallel: whether the input is a shard of the sequence.
+        keep_gathered: whether what was gathered of shards is kept for backward, which gathers them again otherwise.
         products: what multiplies.
 
     Returns:
@@ -233,11 +239,12 @@ def column_parallel_product(
     """
     if isinstance(input, Tensor):
         input = gathered_input(input, group, sequence_parallel=sequence_parallel)
+    keeps = torch.is_grad_enabled()
     if isinstance(input, Gathering):
-        return _ColumnProduct.apply(input.shard, weight, bias, group, input.exchange, products, False)
+        return _ColumnProduct.apply(input.shard, weight, bias, group, input.exchange, products, keeps and keep_gathered)
     if group.size == 1 and products is PLAIN:
         return F.linear(input, weight, bias)
-    return _ColumnProduct.apply(input, weight, bias, group, None, products, torch.is_grad_enabled())
+    return _ColumnProduct.apply(input, weight, bias, group, None, products, keeps)
 
 
 class _ColumnProduct(torch.autograd.Function):
@@ -245,9 +252,9 @@ class _ColumnProduct(torch.autograd.Function):
 
     Written apart, autograd would keep the gathered input for the weight's gradient, t times the shard, and would wait
     for the collective of the input's gradient before it starts on the weight's. Here the shard is kept and gathered
-    again in backward, and both collectives of backward run beside a product; the start of the gathering waits for the
-    shard's gradient. An input that is not gathered is kept in the form that the weight's gradient takes. The weight is
-    kept as it is: its owner may put it away meanwhile.
+    again in backward, unless there is memory for the whole, and both collectives of backward run beside a product; the
+    start of the gathering waits for the shard's gradient. A whole input is kept in the form that the weight's gradient
+    takes. The weight is kept as it is: its owner may put it away meanwhile.
     """
 
     @staticmethod
@@ -264,7 +271,8 @@ class _ColumnProduct(torch.autograd.Function):
         ctx.group, ctx.exchange, ctx.products = group, exchange, products
         whole = exchange.take() if exchange else input
         operand = products.of_input(whole.flatten(0, -2), for_weight=keeps and ctx.needs_input_grad[1])
-        kept: Operand = (input,) if exchange else products.keep(operand)
+        ctx.gathers = exchange is not None and not keeps
+        kept: Operand = (input,) if ctx.gathers else products.keep(operand)
         ctx.save_for_backward(weight, *kept)
         output = products.output(operand, products.of_weight(weight, for_input=False), bias)
         return output.view(*whole.shape[:-1], output.shape[-1])
@@ -275,7 +283,7 @@ class _ColumnProduct(torch.autograd.Function):
         products: Products = ctx.products
         exchange: Exchange | None = ctx.exchange
         _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        gathering = start_all_gather(kept[0], ctx.group) if exchange and needs_weight else None
+        gathering = start_all_gather(kept[0], ctx.group) if ctx.gathers and needs_weight else None
         operand, grad_bias = products.of_gradient(grad.flatten(0, -2), for_weight=needs_weight, sums=needs_bias)
         grad_rows = products.input_gradient(operand, products.of_weight(weight, for_output=False))
         whole = gathering.wait().flatten(0, -2) if gathering else None

@@ -48,6 +48,7 @@ class QueryKeyValueLinear(nn.Module):
         bias: whether to add a bias.
         group: the tensor group.
         sequence_parallel: whether the input is this rank's shard of the sequence.
+        keep_gathered: whether what was gathered of shards is kept for backward, which gathers them again otherwise.
         products: what multiplies; None: torch's own products.
 
     Raises:
@@ -64,11 +65,13 @@ class QueryKeyValueLinear(nn.Module):
         bias: bool,
         group: Group,
         sequence_parallel: bool = False,
+        keep_gathered: bool = False,
         products: Products | None = None,
     ) -> None:
         super().__init__()
         self.group = group
         self.sequence_parallel = sequence_parallel
+        self.keep_gathered = keep_gathered
         self.products = products or PLAIN
         self.head_size = head_size
         self.query_heads = divide(query_heads, group, "--num-attention-heads")
@@ -101,6 +104,7 @@ class QueryKeyValueLinear(nn.Module):
             self.bias,
             group=self.group,
             sequence_parallel=self.sequence_parallel,
+            keep_gathered=self.keep_gathered,
             products=self.products,
         )
 

@@ -83,7 +83,7 @@ def build_trainer(config: RunConfig, environment: RankEnvironment, began: float 
         inputs = _open_inputs(config, plan, place, tokenizer, attention, resume, reporter.say)
         start.passed("data")
         engine, memory = _build_engine(config, tokenizer, place, attention, why, recompute, plan, reporter.say, start)
-        resources.callback(engine.close)
+        resources.callback(_close, engine)
         if resume is not None:
             restore(resume, engine, place, config.training.seed, drops=config.model.drops, say=reporter.say)
             start.passed("checkpoint")
@@ -132,12 +132,13 @@ def _build_engine(
     memory = predict_memory(config, tokenizer.vocab_size, place.groups, recompute, fused=kernels.are_fused)
     model = build_model(config, tokenizer.vocab_size, place.groups, attention, recompute, place.device, kernels)
     compiled = "; blocks compiled" if config.kernels.compile else ""
+    graphed = "; blocks recorded as CUDA graphs" if config.kernels.cuda_graph else ""
     choices = [
         f" attention: {attention.name}, {attention_reason}",
         " each half of a micro-batch computes while shards of the other travel"
         if takes_halves(config.parallel)
         else None,
-        f" kernels: {reason}{compiled}",
+        f" kernels: {reason}{compiled}{graphed}",
         recompute.describe(),
         memory.describe() if place.device.type == "cuda" else None,  # of a process on a CPU it is a part
     ]
@@ -146,6 +147,12 @@ def _build_engine(
     engine = build_engine(config, model, place)
     start.passed("model and engine")
     return engine, memory
+
+
+def _close(engine: Engine) -> None:
+    if isinstance(engine.module, GPT):
+        engine.module.release_graphs()  # NCCL ends a group only when no graph has its collectives any more
+    engine.close()
 
 
 def build_plan(config: RunConfig, vocab_size: int, place: Place, recompute: Recompute, state: TrainState) -> Plan:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron.config.deepspeed_json import read_deepspeed_json
+from megatron.config.errors import ConfigError
 from megatron.config.sections import RunConfig
 from megatron.engine.interface import Engine
 from megatron.engine.settings import build_settings
@@ -89,6 +90,7 @@ def predict_memory(
         replicas=groups.replicas.size,
         sequence_parallel=config.parallel.sequence_parallel,
         fused=fused,
+        keep_gathered=config.parallel.keep_gathered_inputs,
     )
 
 
@@ -101,7 +103,15 @@ def build_model(
     device: torch.device,
     kernels: Kernels = PLAIN,
 ) -> GPT:
-    """Make the model, in fp32, with empty weights; without any memory where no rank will hold the whole of it."""
+    """Make the model, in fp32, with empty weights; without any memory where no rank will hold the whole of it.
+
+    Raises:
+        ConfigError: a graph is to be recorded without a GPU.
+    """
+    if config.kernels.cuda_graph and device.type != "cuda":
+        raise ConfigError(
+            [f"--cuda-graph is work that a GPU repeats, and this run computes on a {device.type}: drop it"]
+        )
     in_parts = groups.pipeline.size > 1 or config.engine.zero_stage == 3
     with torch.device("meta") if in_parts else device:
         model = GPT(
@@ -110,6 +120,7 @@ def build_model(
             groups=groups,
             attention=attention,
             sequence_parallel=config.parallel.sequence_parallel,
+            keep_gathered=config.parallel.keep_gathered_inputs,
             recompute_policy=recompute.policies[groups.pipeline.rank],
             loss_chunk_size=config.kernels.loss_chunk_size,
             mlp_chunk_size=config.kernels.mlp_chunk_size,
@@ -118,6 +129,8 @@ def build_model(
         )
     if config.kernels.compile:
         model.compile_blocks()
+    if config.kernels.cuda_graph:
+        model.graph_blocks()
     return model
 
 

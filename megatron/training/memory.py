@@ -139,12 +139,13 @@ def plan_memory(
     replicas: int,
     sequence_parallel: bool,
     fused: bool,
+    keep_gathered: bool = False,
 ) -> MemoryPlan:
     """Predict the peak of every pipeline stage, and return the highest.
 
     Args:
         recompute: the policies of the stages, with the model and the shape of a rank's micro-batch.
-        kernels: of which the chunks of the loss count, and whether products take 8 bits.
+        kernels: of which the chunks of the loss count, whether products take 8 bits, and whether blocks are recorded.
         training: of which precision and the dtype of the sums count.
         engine: ZeRO's stage, offload and buckets.
         optimizer_slots: numbers that the optimizer keeps of each parameter: 2 for Adam, 1 for momentum.
@@ -152,9 +153,15 @@ def plan_memory(
         replicas: ranks over which ZeRO divides, data and Ulysses together.
         sequence_parallel: whether tensor ranks have shards of the sequence.
         fused: whether the fused kernels run.
+        keep_gathered: whether blocks keep what they gather of these shards.
     """
     block = block_memory(
-        recompute.config, recompute.shape, sequence_parallel=sequence_parallel, fused=fused, fp8=kernels.fp8
+        recompute.config,
+        recompute.shape,
+        sequence_parallel=sequence_parallel,
+        fused=fused,
+        fp8=kernels.fp8,
+        keep_gathered=keep_gathered,
     )
     plans = []
     last = len(recompute.stage_blocks) - 1
@@ -183,12 +190,19 @@ def plan_memory(
                 chunk_size=kernels.loss_chunk_size,
                 fused=fused,
             )
-        plans.append(_plan_stage(recompute, stage, block, parameters, state, head))
+        plans.append(_plan_stage(recompute, stage, block, parameters, state, head, graphed=kernels.cuda_graph))
     return max(plans, key=lambda plan: plan.peak)
 
 
 def _plan_stage(
-    recompute: Recompute, stage: int, block: BlockMemory, parameters: int, state: StateMemory, head: int
+    recompute: Recompute,
+    stage: int,
+    block: BlockMemory,
+    parameters: int,
+    state: StateMemory,
+    head: int,
+    *,
+    graphed: bool,
 ) -> MemoryPlan:
     num_stages = len(recompute.stage_blocks)
     in_flight = micro_batches_in_flight(stage, num_stages, recompute.num_micro_batches)
@@ -205,6 +219,11 @@ def _plan_stage(
         "reduction": at_start + state.made + state.reducing,
         "step": at_start + state.made + state.stepping,
     }
+    if graphed:  # what the blocks take at their fullest is never given back
+        pool = max(activations + of_blocks.entering, left + state.made)
+        moments["loss"] = at_start + pool + head
+        moments["reduction"] += pool
+        moments["step"] += pool
     return MemoryPlan(
         parameters=parameters,
         state=state,

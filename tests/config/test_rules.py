@@ -21,22 +21,6 @@ def sentences(words: list[str], world_size: int | None = None) -> list[str]:
 BROKEN: list[tuple[str, str, str]] = [
     # words, flags left out of the legal line, what the one sentence names
     ("--loss-chunk-size 1 --micro-batch-size 2", "", "--loss-chunk-size 1 & --micro-batch-size 2 & 2 tokens"),
-    (
-        "--tp-comm-overlap halves --micro-batch-size 2",
-        "",
-        "--tp-comm-overlap halves & --sequence-parallel & --tp-comm-overlap none",
-    ),
-    (
-        "--tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap halves --micro-batch-size 3",
-        "",
-        "--tp-comm-overlap halves & --micro-batch-size 3 & use 4",
-    ),
-    (
-        "--tensor-model-parallel-size 2 --sequence-parallel --tp-comm-overlap halves --micro-batch-size 2 "
-        "--zero-stage 3",
-        "",
-        "--tp-comm-overlap halves & --zero-stage 3 & --zero-stage 1 or 2",
-    ),
     ("--fp8 --precision fp16", "", "--fp8 & --precision fp16 & --precision bf16"),
     ("--fp8-format hybrid", "", "--fp8-format hybrid & --fp8:"),
     ("--fp8 --compile", "", "--fp8 & --compile"),

@@ -23,7 +23,7 @@ LLAMA = """
 LAYOUTS = {
     "tensor": f"{FP8} --tensor-model-parallel-size 2",
     "tensor and sequence, ZeRO 1": f"{FP8} {SHARDED} --zero-stage 1 {LLAMA}",
-    "halves": f"{FP8} {SHARDED} --tp-comm-overlap halves --micro-batch-size 2 {LLAMA}",
+    "halves": f"{FP8} {SHARDED} --tp-comm-overlap halves --keep-gathered-inputs --micro-batch-size 2 {LLAMA}",
     "Ulysses, ZeRO 2": f"{FP8} --ds-sequence-parallel-size 2 --zero-stage 2",
     "pipeline": f"{FP8} --pipeline-model-parallel-size 2 --fp8-format e4m3 {LLAMA}",
     "ZeRO 3": f"{FP8} --zero-stage 3",

@@ -20,6 +20,8 @@ SHARDED = f"{TENSOR} --sequence-parallel"
 
 IN_HALVES = f"{SHARDED} --tp-comm-overlap halves"
 
+KEEPING = f"{SHARDED} --keep-gathered-inputs"
+
 ULYSSES = "--ds-sequence-parallel-size 2"
 
 STAGES = "--pipeline-model-parallel-size 2"
@@ -34,7 +36,7 @@ TWO_RANKS = [
     (f"{SHARDED} --zero-stage 1 --micro-batch-size 2", "gpt2 untied, documents"),
     (f"{SHARDED} --zero-stage 2 --micro-batch-size 2 --cpu-optimizer", "gpt2"),
     (f"{SHARDED} --zero-stage 3 --micro-batch-size 2 --recompute-granularity full", "gpt2"),
-    (f"{IN_HALVES} --zero-stage 1 --micro-batch-size 2", "gpt2"),
+    (f"{IN_HALVES} --zero-stage 1 --micro-batch-size 2 --keep-gathered-inputs", "gpt2"),
     (f"{IN_HALVES} --zero-stage 0 --micro-batch-size 4 --recompute-granularity full", "llama tied, query norms"),
     (f"{ULYSSES} --zero-stage 0 --micro-batch-size 2", "llama"),
     (f"{ULYSSES} --zero-stage 3 --micro-batch-size 2", "gemma"),
@@ -45,7 +47,7 @@ FOUR_RANKS = [
     (f"{TENSOR} --zero-stage 2 --micro-batch-size 1", "llama"),
     (f"{TENSOR} --zero-stage 3 --micro-batch-size 2", "llama tied, query norms"),
     (f"{SHARDED} --zero-stage 0 --micro-batch-size 1", "llama"),
-    (f"{SHARDED} --zero-stage 1 --micro-batch-size 2", "llama tied, query norms"),
+    (f"{KEEPING} --zero-stage 1 --micro-batch-size 2", "llama tied, query norms"),
     (f"{SHARDED} --zero-stage 1 --micro-batch-size 1", "llama, one key/value head"),
     (f"{SHARDED} --zero-stage 2 --micro-batch-size 1", "gpt2"),
     (f"{SHARDED} --zero-stage 3 --micro-batch-size 1", "gpt2 untied, documents"),
@@ -58,14 +60,14 @@ FOUR_RANKS = [
     (f"{ULYSSES} --zero-stage 3 --micro-batch-size 1 {IN_PAIRS}", "gpt2"),
     (f"{ULYSSES} --zero-stage 2 --micro-batch-size 2", "gpt2 untied, documents"),
     (f"{ULYSSES} --zero-stage 3 --micro-batch-size 1", "gpt2"),
-    (f"{ULYSSES} {SHARDED} --zero-stage 3 --micro-batch-size 2", "llama tied, query norms"),
+    (f"{ULYSSES} {KEEPING} --zero-stage 3 --micro-batch-size 2", "llama tied, query norms"),
     (f"{ULYSSES} {SHARDED} --zero-stage 1 --micro-batch-size 4", "gpt2"),
     ("--tensor-model-parallel-size 4 --sequence-parallel --tp-comm-overlap halves --micro-batch-size 4", "llama"),
     (f"{ULYSSES} {IN_HALVES} --zero-stage 2 --micro-batch-size 2", "gpt2 untied, documents"),
     (f"{STAGES} {IN_HALVES} --micro-batch-size 2", "llama, one key/value head"),
     (f"{STAGES} {TENSOR} --micro-batch-size 1", "llama tied, query norms"),
     (f"{STAGES} {SHARDED} --micro-batch-size 1", "llama, one key/value head"),
-    (f"{STAGES} {SHARDED} --micro-batch-size 2 --recompute-granularity full", "gpt2"),
+    (f"{STAGES} {KEEPING} --micro-batch-size 2 --recompute-granularity full", "gpt2"),
     (f"{STAGES} {ULYSSES} --micro-batch-size 1", "gpt2 untied, documents"),
     (f"{STAGES} --micro-batch-size 1", "gpt2"),
     (f"{STAGES} {SHARDED} --micro-batch-size 1", "gemma"),

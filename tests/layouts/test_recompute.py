@@ -23,6 +23,7 @@ DIVIDED = "--distribute-saved-activations"
 
 TENSOR = "--tensor-model-parallel-size 2"
 SHARDED = f"{TENSOR} --sequence-parallel"
+KEEPING = f"{SHARDED} --keep-gathered-inputs"
 ULYSSES = "--ds-sequence-parallel-size 2"
 STAGES = "--pipeline-model-parallel-size 2 --pipeline-partition 2,1 --micro-batch-size 1"
 
@@ -34,7 +35,7 @@ LAYOUTS = {
     2: [
         (f"{TENSOR} --zero-stage 0 --micro-batch-size 2", "gpt2", [f"{UNITS} {DIVIDED}", f"{PRODUCTS} {DIVIDED}"]),
         (f"{TENSOR} --zero-stage 1 --micro-batch-size 2", "llama", [f"{FIRST} {DIVIDED}", SELECTIVE]),
-        (f"{SHARDED} --zero-stage 2 --micro-batch-size 2", "llama tied, query norms", [FULL, SELECTIVE, PRODUCTS]),
+        (f"{KEEPING} --zero-stage 2 --micro-batch-size 2", "llama tied, query norms", [FULL, SELECTIVE, PRODUCTS]),
         (f"{SHARDED} --zero-stage 3 --micro-batch-size 2", "gpt2", [UNITS, SELECTIVE, PRODUCTS]),
         (f"{SHARDED} --tp-comm-overlap halves --micro-batch-size 2", "gpt2", [UNITS, SELECTIVE, PRODUCTS]),
         (f"{ULYSSES} --zero-stage 1 --micro-batch-size 2", "gpt2", [FIRST, SELECTIVE, PRODUCTS]),

@@ -1,6 +1,6 @@
 """Blocks over two halves of a micro-batch: what travels beside what, and that no number depends on it."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import pytest
@@ -69,6 +69,7 @@ def loss_and_gradients(model, batch):
 
 
 def halves_change_no_number(kind, batch, mlp_chunk_size):
+    torch.set_default_dtype(torch.float64)  # in which what halves add up in another order is no difference
     for policy in POLICIES.values():
         found, expected = (
             loss_and_gradients(
@@ -77,7 +78,7 @@ def halves_change_no_number(kind, batch, mlp_chunk_size):
             for x in (True, False)
         )
         for mine, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-6)
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -168,21 +169,42 @@ def test_each_half_waits_no_sooner_than_a_turn_of_the_other_after_it_has_started
         assert found == (forward, backward)
 
 
-def sums_of_small_gradients():
-    """How many collectives sum the gradients of norms and biases, and over how many elements."""
-    model = on_tensor_ranks(in_halves=True)
-    blocks, context = model.stages()[2:4], model.context(torch.zeros(2, 16, dtype=torch.long))
+@contextmanager
+def noted_sums_of_small_gradients():
+    """Gives a list of over how many elements each collective sums the gradients of norms and biases."""
     start, sizes = gradient_sums.start_all_reduce, []
     with mock.patch.object(
         gradient_sums, "start_all_reduce", lambda grad, group: sizes.append(grad.numel()) or start(grad, group)
     ):
+        yield sizes
+
+
+def sums_of_small_gradients():
+    model = on_tensor_ranks(in_halves=True)
+    blocks, context = model.stages()[2:4], model.context(torch.zeros(2, 16, dtype=torch.long))
+    with noted_sums_of_small_gradients() as sizes:
         run_in_halves(blocks, torch.ones(8, 2, 32), context, group=model.groups.tensor).sum().backward()
     return sizes
+
+
+def sums_of_small_gradients_of_whole_micro_batches():
+    found = []
+    for policy in POLICIES.values():
+        with noted_sums_of_small_gradients() as sizes:
+            loss_and_gradients(on_tensor_ranks(in_halves=False, policy=policy, num_layers=3), 2)
+        found.append(sizes)
+    return found
 
 
 def test_gradients_of_norms_and_biases_of_all_blocks_and_both_halves_are_summed_by_one_collective():
     of_a_block = 32 * 6  # weight and bias of two norms, and two biases
     assert run_on_ranks(2, sums_of_small_gradients) == [[2 * of_a_block]] * 2
+
+
+def test_gradients_of_norms_and_biases_of_a_whole_micro_batch_are_summed_by_one_collective_a_block():
+    final_norm, of_a_block = 32 * 2, 32 * 6
+    expected = [[final_norm, *[of_a_block] * 3]] * len(POLICIES)
+    assert run_on_ranks(2, sums_of_small_gradients_of_whole_micro_batches) == [expected] * 2
 
 
 def test_the_first_half_is_a_turn_ahead():

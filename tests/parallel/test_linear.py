@@ -34,9 +34,10 @@ class GatedMlp(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
-def column_matches_dense(bias, sequence_parallel):
+def column_matches_dense(bias, sequence_parallel, keep_gathered=False):
     group = tensor_group()
-    layer = ColumnParallelLinear(4, 6, bias=bias, group=group, sequence_parallel=sequence_parallel)
+    switches = {"sequence_parallel": sequence_parallel, "keep_gathered": keep_gathered}
+    layer = ColumnParallelLinear(4, 6, bias=bias, group=group, **switches)
     sequence_dim = 0 if sequence_parallel else None
     dense = nn.Linear(4, 6, bias=bias)
     assert_matches_dense(layer, dense, logical(9, 4, 3, 4), group, input_dim=sequence_dim, output_dim=-1)
@@ -59,9 +60,9 @@ def gated_mlp_matches_dense(sequence_parallel):
     )
 
 
-def shapes_kept_for_backward():
-    group = tensor_group()
-    layer = fill(ColumnParallelLinear(4, 6, bias=True, group=group, sequence_parallel=True))
+def shapes_kept_for_backward(keep_gathered):
+    switches = {"sequence_parallel": True, "keep_gathered": keep_gathered}
+    layer = fill(ColumnParallelLinear(4, 6, bias=True, group=tensor_group(), **switches))
     shapes = []
     with saved_tensors_hooks(lambda tensor: shapes.append(tuple(tensor.shape)), lambda nothing: nothing):
         layer(torch.ones(2, 3, 4, requires_grad=True))
@@ -95,8 +96,9 @@ class Recording(TorchDispatchMode):
         return pending.wait()
 
 
-def events_of_backward(sequence_parallel):
-    layer = fill(ColumnParallelLinear(4, 6, bias=False, group=tensor_group(), sequence_parallel=sequence_parallel))
+def events_of_backward(sequence_parallel, keep_gathered=False):
+    switches = {"sequence_parallel": sequence_parallel, "keep_gathered": keep_gathered}
+    layer = fill(ColumnParallelLinear(4, 6, bias=False, group=tensor_group(), **switches))
     output = layer(torch.ones(4, 3, 4, requires_grad=True))
     with Recording() as recording, ExitStack() as watches:
         for name in ("start_all_gather", "start_reduce_scatter", "start_all_reduce"):
@@ -110,6 +112,7 @@ def test_collectives_of_a_column_products_backward_run_beside_products():
     gathered = ["start all_gather", "product", "end all_gather"]
     summed = ["start reduce_scatter", "product", "end reduce_scatter"]
     assert run_on_ranks(2, events_of_backward, True) == [gathered + summed] * 2
+    assert run_on_ranks(2, events_of_backward, True, True) == [["product", *summed]] * 2
     assert (
         run_on_ranks(2, events_of_backward, False) == [["product", "start all_reduce", "product", "end all_reduce"]] * 2
     )
@@ -119,6 +122,11 @@ def test_collectives_of_a_column_products_backward_run_beside_products():
 @BOTH_LAYOUTS
 def test_column_parallel_linear_matches_dense(bias, sequence_parallel):
     run_on_ranks(2, column_matches_dense, bias, sequence_parallel)
+
+
+@WITH_AND_WITHOUT_BIAS
+def test_column_parallel_linear_that_keeps_what_it_gathered_matches_dense(bias):
+    run_on_ranks(2, column_matches_dense, bias, True, True)
 
 
 @WITH_AND_WITHOUT_BIAS
@@ -132,9 +140,10 @@ def test_gated_mlp_with_gate_and_up_in_one_product_matches_dense(sequence_parall
     run_on_ranks(2, gated_mlp_matches_dense, sequence_parallel)
 
 
-def test_column_product_keeps_the_shard_of_its_input_not_the_gathered_sequence():
-    input_shard, weight_shard = (2, 3, 4), (3, 4)
-    assert run_on_ranks(2, shapes_kept_for_backward) == [[input_shard, weight_shard]] * 2
+def test_column_product_keeps_the_shard_of_its_input_or_if_asked_the_gathered_sequence():
+    input_shard, gathered_rows, weight_shard = (2, 3, 4), (4 * 3, 4), (3, 4)
+    assert run_on_ranks(2, shapes_kept_for_backward, False) == [[input_shard, weight_shard]] * 2
+    assert run_on_ranks(2, shapes_kept_for_backward, True) == [[weight_shard, gathered_rows]] * 2
 
 
 @pytest.mark.parametrize("layer_class", [ColumnParallelLinear, RowParallelLinear])

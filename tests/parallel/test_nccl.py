@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.model import test_graphed_blocks as graphed_blocks
 from tests.model import test_halves as halves
 from tests.parallel import test_collectives as collectives
 from tests.parallel import test_cross_entropy as cross_entropy
@@ -33,11 +34,14 @@ def name_of(item):
         (collectives.norm_matches_dense, ()),
         (linear.column_matches_dense, (True, False)),
         (linear.column_matches_dense, (True, True)),
+        (linear.column_matches_dense, (True, True, True)),
         (linear.row_matches_dense, (True, False)),
         (linear.row_matches_dense, (True, True)),
         (linear.gated_mlp_matches_dense, (True,)),
         (halves.halves_change_no_number, ("gpt2", 4, 0)),
         (halves.halves_change_no_number, ("one key/value head", 2, 24)),
+        (graphed_blocks.recorded_tensor_ranks_train_the_same_model, (False,)),
+        (graphed_blocks.recorded_tensor_ranks_train_the_same_model, (True,)),
         (embedding.embedding_matches_dense, (False,)),
         (embedding.embedding_matches_dense, (True,)),
         (embedding.positions_match_dense, (False,)),

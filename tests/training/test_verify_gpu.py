@@ -62,7 +62,8 @@ def resumed_runs(folder):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verify")
-    return run_on_ranks(1, resumed_runs, folder, initialize=False, deepspeed=True, timeout=400)[0]
+    on_gpu = {"backend": "nccl", "initialize": False, "deepspeed": True, "timeout": 400}
+    return run_on_ranks(1, resumed_runs, folder, **on_gpu)[0]
 
 
 @pytest.mark.parametrize("name", ["exact", "fast"])

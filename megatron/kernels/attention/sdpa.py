@@ -101,19 +101,22 @@ def attend_squarely(
         ValueError: the kernel cannot compute this.
         RuntimeError: torch finds that it cannot.
     """
-    name = f"sdpa_{kernel.name.split('_')[0].lower()}"
     extras = [extra for extra, value in refused.items() if value is not None and value]
     if window:
         extras.append("window")
     if extras:
-        raise ValueError(f"{name} does not take {', '.join(extras)}")
+        raise ValueError(f"{_name(kernel)} does not take {', '.join(extras)}")
     # The last query sees every key.
     if causal and 1 < query_sbnd.shape[0] != key_sbkd.shape[0]:
-        raise ValueError(f"{name} aligns causal masks to the first key: it needs as many queries as keys")
+        raise ValueError(f"{_name(kernel)} aligns causal masks to the first key: it needs as many queries as keys")
     with sdpa_kernel(kernel):
         return call_torch(
             query_sbnd, key_sbkd, value_sbkd, scale=scale, is_causal=causal and query_sbnd.shape[0] > 1, dropout=dropout
         )
+
+
+def _name(kernel: SDPBackend) -> str:
+    return f"sdpa_{kernel.name.split('_')[0].lower()}"
 
 
 def _kernel_order(device: torch.device, *, cudnn: bool) -> AbstractContextManager[object]:
