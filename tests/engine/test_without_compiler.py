@@ -1,4 +1,4 @@
-"""torch's compiler, whose import takes seconds of each start, is loaded by no run that compiles nothing."""
+"""torch's compiler, whose import takes seconds of each start, is not loaded by runs that have no use for it."""
 
 import sys
 
