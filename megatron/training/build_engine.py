@@ -94,6 +94,18 @@ def predict_memory(
     )
 
 
+def require_gpu(device: torch.device) -> None:
+    """Check that there can be graphs.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if device.type != "cuda":
+        raise ConfigError(
+            [f"--cuda-graph is work that a GPU repeats, and this run computes on a {device.type}: drop it"]
+        )
+
+
 def build_model(
     config: RunConfig,
     vocab_size: int,
@@ -108,10 +120,8 @@ def build_model(
     Raises:
         ConfigError: a graph is to be recorded without a GPU.
     """
-    if config.kernels.cuda_graph and device.type != "cuda":
-        raise ConfigError(
-            [f"--cuda-graph is work that a GPU repeats, and this run computes on a {device.type}: drop it"]
-        )
+    if config.kernels.cuda_graph:
+        require_gpu(device)
     in_parts = groups.pipeline.size > 1 or config.engine.zero_stage == 3
     with torch.device("meta") if in_parts else device:
         model = GPT(
