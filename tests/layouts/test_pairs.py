@@ -8,8 +8,8 @@ import pytest
 from megatron.parallel import graphed
 from megatron.training import build_engine
 from tests import layout_table
+from tests.emulated_graphs import Emulated
 from tests.layouts.recorded import MODELS, Record, record_all
-from tests.parallel.test_graphed import Emulated
 from tests.ranks import run_on_ranks
 
 RANKS = 4

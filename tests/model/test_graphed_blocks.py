@@ -12,8 +12,8 @@ from megatron.model.gpt import GPT
 from megatron.model.init import initialize_parameters
 from megatron.parallel import graphed
 from megatron.parallel.groups import ParallelGroups
+from tests.emulated_graphs import Emulated, emulate_without_a_gpu
 from tests.model.test_halves import on_tensor_ranks
-from tests.parallel.test_graphed import Emulated
 from tests.ranks import run_on_ranks
 
 FLAGS = shlex.split(
@@ -26,8 +26,7 @@ FLAGS = shlex.split(
 
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
 def device(request, monkeypatch):
-    if request.param == "cpu":
-        monkeypatch.setattr(graphed, "_Recording", Emulated)
+    emulate_without_a_gpu(request.param, monkeypatch)
     return request.param
 
 

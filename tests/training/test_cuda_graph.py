@@ -10,7 +10,7 @@ from megatron.engine.launch import read_environment
 from megatron.parallel import graphed
 from megatron.training.benchmark import predict_run
 from megatron.training.build import build_trainer
-from tests.parallel.test_graphed import Emulated
+from tests.emulated_graphs import Emulated
 from tests.ranks import run_on_ranks
 from tests.training.runs import FLAGS, losses, run, write_data
 
@@ -21,7 +21,6 @@ RUN = shlex.split(
     --eval-interval 6 --eval-iters 2 --num-workers 0
     """
 )
-NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
 NO_DROPOUT = "--hidden-dropout 0 --attention-dropout 0"
 CASES = {
     "dropout": "--attention-backend unfused",
