@@ -27,8 +27,8 @@ class ParallelConfig:
     )
     keep_gathered_inputs: bool = flag(
         False,
-        help="with --sequence-parallel, keep for backward what tensor ranks gather before a product, a whole sequence in "
-        "place of a shard, instead of gathering it again: eight collectives of a block where there are ten",
+        help="with --sequence-parallel, keep for backward what tensor ranks gather before a product, all of a sequence "
+        "and not a shard, instead of gathering it again: eight collectives of a block where there are ten",
     )
     tp_comm_overlap: str = flag(
         "none",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +126,6 @@ def split_decay(model: nn.Module) -> list[dict[str, Any]]:
 def build_engine(config: RunConfig, user: dict[str, Any] | None = None, model: nn.Module | None = None) -> Any:
     from megatron.engine.flat import build_flat_engine
 
-    gc.freeze()  # ZeRO-3 collects garbage at each start: half a second over all that was imported
     groups = make_groups()
     model = model or ToyModel()
     # ZeRO-3 keeps small weights whole: in these models that would be all of them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,14 +51,12 @@ def certify_right(tasks: Mapping[str, Task], backend: str = "gloo") -> dict[str,
 def be_references(tasks: dict[str, Task]) -> dict[str, Any]:
     from megatron.engine.launch import read_environment
 
-    gc.freeze()  # ZeRO-3 collects garbage at each start: half a second over all that was imported
     return {name: be_the_reference(read_environment(), task) for name, task in tasks.items()}
 
 
 def be_layouts(tasks: dict[str, Task], cases: list[Case]) -> list[RankAnswer]:
     from megatron.engine.launch import read_environment
 
-    gc.freeze()
     answers = []
     for name, defect in cases:
         with defect():

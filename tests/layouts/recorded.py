@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import shlex
 from collections.abc import Callable, Sequence
@@ -94,7 +93,6 @@ def record(flags: list[str], poisoned_step: int | None = None) -> Record:
     from megatron.engine.launch import read_environment
     from megatron.training.build import build_trainer
 
-    gc.freeze()  # ZeRO-3 collects garbage at each start: half a second over all that was imported
     environment = read_environment()
     config = parse_run_config([*COMMON, *flags], environment.world_size, rank=environment.rank)
     trainer = build_trainer(config, environment)

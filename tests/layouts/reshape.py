@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import random
 import shlex
 import tempfile
@@ -181,7 +180,6 @@ def build(words: Sequence[str]) -> Any:
     from megatron.engine.launch import read_environment
     from megatron.training.build import build_trainer
 
-    gc.freeze()  # ZeRO-3 collects garbage at each start: half a second over all that was imported
     environment = read_environment()
     return build_trainer(parse_run_config(words, environment.world_size, rank=environment.rank), environment)
 
