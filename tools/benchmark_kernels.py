@@ -11,6 +11,7 @@ tool of its own, benchmark_attention.py.
 
     python tools/benchmark_kernels.py
     python tools/benchmark_kernels.py --operations layer_norm bias_swiglu --rows 8192 65536 --hidden 4096 --json a.json
+    compute-sanitizer --tool racecheck python tools/benchmark_kernels.py --once --rows 67 --hidden 640
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from kernel_timing import Operation, Times, copy_rate, copy_time, errors, matrix
 
 from megatron.config.errors import UserError
 from megatron.kernels.build import build_all
+from megatron.kernels.fp8 import E4M3, E5M2, fused_quantise
 
 OTHERS = ("eager", "compiled", "liger", "apex")
 PASSES = ("forward", "backward", "both")
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument(
         "--compile-seconds", type=float, default=45.0, help="after which no further operation is compiled by torch"
     )
+    parser.add_argument("--once", action="store_true", help="call each operation and its backward once, untimed")
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -60,6 +63,9 @@ def main() -> None:
         build_all()
     except UserError as error:
         sys.exit(f"error: {error}")
+    if options.once:
+        call_once(chosen(options), [(rows, hidden) for rows in options.rows for hidden in options.hidden])
+        return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16; others: their time over the fused one's")
     rates = {"copy": copy_rate(), "matrix": matrix_rate()}
     copies, products = rates["copy"] / 1e12, rates["matrix"] / 1e12
@@ -82,6 +88,21 @@ def main() -> None:
     if options.json is not None:
         about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bf16", "rates": rates}
         options.json.write_text(json.dumps({**about, "operations": records}, indent=1) + "\n", encoding="utf-8")
+
+
+def call_once(operations: Iterable[Operation], matrices: Iterable[tuple[int, int]]) -> None:
+    """Call what is fused, for a tool that watches memory accesses; matrices of these shapes are brought into 8 bits."""
+    for operation in operations:
+        found = operation.fused(*operation.make(operation.rows))
+        results = [found] if isinstance(found, torch.Tensor) else list(found)
+        torch.autograd.backward(results, [torch.randn_like(result) for result in results])
+        print(f"{operation.name} {operation.size}", flush=True)
+    for shape in matrices:
+        matrix = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        for form in (E4M3, E5M2):
+            fused_quantise(matrix, form, sums=True)
+            print(f"quantise {form} {shape[0]}x{shape[1]}", flush=True)
+    torch.cuda.synchronize()
 
 
 def chosen(options: argparse.Namespace) -> Iterator[Operation]:

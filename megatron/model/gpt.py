@@ -303,6 +303,10 @@ class GPT(nn.Module):
         """Give up what `graph_blocks` recorded; the blocks run as ever from now on."""
         self._graphed_blocks = None
 
+    def peak_bytes(self) -> int:
+        """Give the most memory that the GPU held so far, if blocks are recorded and PyTorch's own count is too low."""
+        return 0 if self._graphed_blocks is None else self._graphed_blocks.peak_bytes()
+
     def blocks_in(self, part: range) -> range:
         """Find the stages of `part` that are blocks: all but the two before the blocks and the two after them."""
         first = min(max(part.start, 2), part.stop)

@@ -51,6 +51,13 @@ class Graphed:
         result: Tensor = _Replay.apply(self._recording, x, *self._parameters)
         return result
 
+    def peak_bytes(self) -> int:
+        """Give the most memory that the GPU held so far, with what lies idle in the pool; 0 before the first call.
+
+        PyTorch counts that as reserved, like memory that it could use for something else, and not as allocated.
+        """
+        return 0 if self._recording is None else self._recording.peak_bytes()
+
 
 class _Function(nn.Module):
     """A function of a tensor that reads the parameters of modules."""
@@ -93,6 +100,13 @@ class _Recording:
         torch.cuda.set_rng_state(drawn, x.device)  # as if nothing had been computed yet
         self._start, self._end = start.detach(), end.detach()
         self._grad_start, self._gradients = grad_start, gradients
+        self._peak_before = torch.cuda.max_memory_allocated(x.device)
+        torch.cuda.reset_peak_memory_stats(x.device)
+        self._idle = _idle_bytes(self._forward.pool())
+
+    def peak_bytes(self) -> int:
+        """Give the most memory held so far; idle is what was allocated while the graphs were recorded."""
+        return max(self._peak_before, torch.cuda.max_memory_allocated(self._start.device) + self._idle)
 
     def forward(self, x: Tensor) -> Tensor:
         """Repeat the forward pass on x.
@@ -136,6 +150,12 @@ def _warm_up(function: Callable[[Tensor], Tensor], start: Tensor, wanted: Sequen
             end = function(start)
             torch.autograd.grad(end, wanted, torch.zeros_like(end))
     torch.cuda.current_stream().wait_stream(side)
+
+
+def _idle_bytes(pool: tuple[int, int]) -> int:
+    """Count what a pool has beyond the tensors that are alive."""
+    segments = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) == pool]
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
 
 
 class _Replay(torch.autograd.Function):

@@ -53,7 +53,7 @@ def measure_run(environment: RankEnvironment, config: RunConfig, folder: Path) -
     if device.type == "cuda":
         figures |= {
             "device": torch.cuda.get_device_name(device),
-            "allocated_gib": torch.cuda.max_memory_allocated(device) / GIB,
+            "allocated_gib": trainer.peak_gib,
             "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
         }
     if environment.rank == 0:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron.engine.interface import StepResult
+from megatron.engine.interface import Engine, StepResult
 from megatron.engine.stopwatch import Stopwatch
+from megatron.model.gpt import GPT
 from megatron.training.state import TrainState
 
 PEAK_TFLOPS_BF16 = (
@@ -152,11 +153,13 @@ class Interval:
         return {"lm_loss": mean, "grad_norm": self.grad_norm, "loss_scale": self.loss_scale, **self.last}
 
 
-def memory_gib(device: torch.device) -> float:
+def memory_gib(engine: Engine) -> float:
     """Most memory held so far: of the GPU, or of this process on a CPU."""
+    device, module = engine.device, engine.module
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return torch.get_device_module(device).max_memory_allocated(device) / 2**30
+    recorded = module.peak_bytes() if isinstance(module, GPT) else 0
+    return max(recorded, torch.get_device_module(device).max_memory_allocated(device)) / 2**30
 
 
 def perplexity(loss: float) -> float:

@@ -104,7 +104,7 @@ class RecordedEngine(WatchedEngine):
         record.grad_norms.append(float(result.grad_norm))
         record.learning_rate = learning_rate
         if len(record.losses) == self._num_steps:
-            record.peak_gib = memory_gib(self.device) if self.device.type == "cuda" else None
+            record.peak_gib = memory_gib(self) if self.device.type == "cuda" else None
             record.final = held_weights(self.module)
         return result
 

@@ -85,6 +85,9 @@ class Trainer:
         watch: told iteration, loss and gradient norm of each step, one step late; None tells nobody.
         start: counts the time to the end of the first step.
         resources: closed when the run ends, whichever way.
+
+    Attributes:
+        peak_gib: most memory that this rank held until the last report.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Trainer:
         self.plan = plan
         self.state = state
         self.engine = engine
+        self.peak_gib = 0.0
         self._training_batches = training_batches
         self._held_out = held_out
         self._rules = rules
@@ -167,6 +171,7 @@ class Trainer:
     def _report(self) -> None:
         interval, state = self._interval, self.state
         interval.settle(state)
+        self.peak_gib = memory_gib(self.engine)
         seconds, timers = self._timers.take()
         timers["overhead"] = interval.overhead(seconds)
         self._reporter.train(
@@ -177,7 +182,7 @@ class Trainer:
                 **self.plan.speed.measure(interval.samples, seconds),
                 "eta_seconds": self._seconds_left(seconds / interval.samples),
                 **({} if self._params_norm is None else {"params_norm": self._params_norm()}),
-                "memory_gib": memory_gib(self.engine.device),
+                "memory_gib": self.peak_gib,
                 "timers_ms": {name: 1e3 * spent / interval.steps for name, spent in timers.items()},
             }
         )

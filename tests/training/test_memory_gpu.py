@@ -33,6 +33,7 @@ RUNS = {
     "fp16": "--micro-batch-size 4 --global-batch-size 8 --precision fp16",
     "ZeRO 2": "--micro-batch-size 8 --global-batch-size 16 --zero-stage 2",
     "ZeRO 3": "--micro-batch-size 8 --global-batch-size 16 --zero-stage 3",
+    "blocks recorded": "--micro-batch-size 8 --global-batch-size 16 --cuda-graph",
     "optimizer on the host": "--micro-batch-size 4 --global-batch-size 8 --cpu-optimizer",
 }
 TWO = {
