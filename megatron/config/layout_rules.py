@@ -106,6 +106,15 @@ def gathered_inputs_are_of_shards(parallel: ParallelConfig) -> Iterator[str]:
         )
 
 
+def copies_are_of_shards(parallel: ParallelConfig) -> Iterator[str]:
+    """Only shards of the sequence are read out of other ranks' memory."""
+    if parallel.tp_comm_by_copies and not parallel.sequence_parallel:
+        yield (
+            "--tp-comm-by-copies is how shards of the sequence travel between tensor ranks, which hold some with "
+            "--sequence-parallel only: add that, or leave it out."
+        )
+
+
 def halves_trade_shards_of_the_sequence(parallel: ParallelConfig) -> Iterator[str]:
     """What travels beside the other half are shards of the sequence."""
     if parallel.tp_comm_overlap == "halves" and not parallel.sequence_parallel:

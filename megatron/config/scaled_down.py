@@ -73,7 +73,7 @@ def scale_down(config: RunConfig, *, data_size: int, steps: int, data_prefix: st
         config,
         model=replace(model, num_layers=_small_depth(config.model, parallel, unit)),
         parallel=parallel,
-        # Without a graph: it repeats the same work, and the comparison may run on a CPU.
+        # Without a graph, which repeats the same work, and without copies: the comparison may run on a CPU.
         kernels=replace(config.kernels, recompute_num_layers=unit, cuda_graph=False),
         training=_small_training(config.training, parallel, data_size, steps),
         optimizer=_constant_rates(config.optimizer),
@@ -190,6 +190,7 @@ def _small_parallel(parallel: ParallelConfig, unit: int) -> ParallelConfig:
     counts = parallel.stage_blocks or ()
     return replace(
         parallel,
+        tp_comm_by_copies=False,
         pipeline_partition=",".join(str(unit + (count > min(counts))) for count in counts) or None,
         distributed_timeout_minutes=min(parallel.distributed_timeout_minutes, 2.0),
     )

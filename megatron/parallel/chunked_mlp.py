@@ -118,7 +118,7 @@ class _ChunkedMLP(torch.autograd.Function):
             if needs_up:
                 grad_up = add_product(grad_up, grad_inner, rows)
             if needs_bias:
-                summed = grad_inner.sum(dim=0, dtype=torch.float32)
+                summed = grad_inner.sum(dim=0, dtype=torch.promote_types(grad_inner.dtype, torch.float32))
                 grad_bias = summed if grad_bias is None else grad_bias + summed
         arrivals.finish()
         grads = (grad_up, grad_bias, grad_down)

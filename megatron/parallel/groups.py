@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron.parallel.mesh import AXES, Mesh
+from megatron.parallel.peer_copies import PeerCopies, PeerMemory
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Group:
         ranks: their global ranks, ascending.
         rank: this process's index in `ranks`, not its global rank.
         handle: what `torch.distributed` takes as `group`; None for a group of one, which never communicates.
+        copies: what gathers and sums shards in place of `torch.distributed`.
     """
 
     ranks: tuple[int, ...]
     rank: int
     handle: dist.ProcessGroup | None
+    copies: PeerCopies | None = None
 
     @property
     def size(self) -> int:
@@ -69,7 +72,12 @@ class ParallelGroups:
 
 
 def create_groups(
-    mesh: Mesh, rank: int, timeout: timedelta | None = None, *, tensor_first: bool = False
+    mesh: Mesh,
+    rank: int,
+    timeout: timedelta | None = None,
+    *,
+    tensor_first: bool = False,
+    tensor_memory: Callable[[dist.ProcessGroup], PeerMemory] | None = None,
 ) -> ParallelGroups:
     """Make every group of the mesh; all ranks call this together, once.
 
@@ -80,6 +88,7 @@ def create_groups(
             groups, so it is to be given here once more.
         tensor_first: whether a GPU is to begin with collectives of the tensor group before it goes on with kernels that
             run beside them; these fill it otherwise, and the collective comes last.
+        tensor_memory: how the ranks of the tensor group open memory to each other, if they are to copy shards.
 
     Raises:
         ValueError: the mesh and the process group differ in their number of ranks, or the mesh has no such rank.
@@ -96,6 +105,8 @@ def create_groups(
     along = {
         axis: _create_own(mesh.lines(axis), rank, timeout, first=tensor_first and axis == "tensor") for axis in AXES
     }
+    if tensor_memory is not None and (handle := along["tensor"].handle) is not None:
+        along["tensor"] = replace(along["tensor"], copies=PeerCopies(tensor_memory(handle)))
     if 1 in (mesh.data, mesh.ulysses):  # then the plane is the line along the other: no second communicator
         replicas = max(along["data"], along["ulysses"], key=lambda line: line.size)
     else:

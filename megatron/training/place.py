@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 
@@ -14,6 +15,7 @@ from megatron.engine.launch import start
 from megatron.engine.launchers import RankEnvironment
 from megatron.parallel.groups import ParallelGroups, create_groups
 from megatron.parallel.mesh import Mesh
+from megatron.parallel.peer_memory import open_peer_memory
 from megatron.parallel.random import RandomStreams, seed_everything
 from megatron.training.control import Control
 from megatron.training.rank_table import Seat, describe_ranks
@@ -41,7 +43,11 @@ class Place:
 
 
 def join_ranks(parallel: ParallelConfig, seed: int, environment: RankEnvironment) -> Place:
-    """Meet the other ranks, take this one's place in the mesh and seed its random streams."""
+    """Meet the other ranks, take this one's place in the mesh and seed its random streams.
+
+    Raises:
+        ConfigError: tensor ranks are to copy shards, and do not reach each other's memory.
+    """
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     device = start(environment, timeout)
     mesh = Mesh(
@@ -50,7 +56,13 @@ def join_ranks(parallel: ParallelConfig, seed: int, environment: RankEnvironment
         ulysses=parallel.ds_sequence_parallel_size,
         tensor=parallel.tensor_model_parallel_size,
     )
-    groups = create_groups(mesh, environment.rank, timeout, tensor_first=takes_halves(parallel))
+    groups = create_groups(
+        mesh,
+        environment.rank,
+        timeout,
+        tensor_first=takes_halves(parallel),
+        tensor_memory=partial(open_peer_memory, device=device) if parallel.tp_comm_by_copies else None,
+    )
     streams = seed_everything(seed, groups, device)
     control = Control.of_world(timeout)
     table = describe_ranks(mesh, [Seat(*seat) for seat in control.gather((socket.gethostname(), str(device)))])
