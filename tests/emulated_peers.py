@@ -1,9 +1,10 @@
 """Peer memory on a CPU: files that the processes of a group map into their memory, and flags that they poll."""
 
-import contextlib
+import math
 import random
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -11,14 +12,14 @@ import torch
 import torch.distributed as dist
 
 from megatron.parallel import groups
-from megatron.parallel.peer_copies import ALIGNMENT, FREE, NUM_FLAGS, PeerCopies
+from megatron.parallel.peer_copies import ALIGNMENT, FREE, NUM_FLAGS, SLOTS, PeerCopies
 from megatron.parallel.peer_memory import open_peer_memory
 
 PATIENCE_SECONDS = 60
 
 
 class MappedMemory:
-    """See `megatron.parallel.peer_copies.PeerMemory`; small, so that what travels goes in pieces.
+    """See `megatron.parallel.peer_copies.PeerMemory`; small, so that shards go in pieces.
 
     Args:
         handle: of the group, over gloo.
@@ -27,41 +28,47 @@ class MappedMemory:
 
     def __init__(self, handle, delays=lambda: 0.0):
         self.rank, self.size = handle.rank(), handle.size()
-        self.num_bytes, self._delays = 2 * ALIGNMENT * self.size, delays
+        self.num_bytes, self._delays = 2 * ALIGNMENT, delays
+        self._copier = ThreadPoolExecutor(max_workers=1)
         names = [tempfile.mkdtemp(prefix="peers-")]
         dist.broadcast_object_list(names, group=handle, group_src=0)
-        folder, num_flags = Path(names[0]), NUM_FLAGS * self.size
+        folder = Path(names[0])
 
-        def mapped(name, size, dtype):
-            return torch.from_file(str(folder / name), shared=True, size=size, dtype=dtype, device="cpu")
+        def mapped(name, *shape, dtype=torch.int32):
+            size = math.prod(shape)
+            return torch.from_file(str(folder / name), shared=True, size=size, dtype=dtype, device="cpu").view(shape)
 
-        own = mapped(f"flags{self.rank}", num_flags, torch.int32).zero_()
-        own[FREE * self.size : (FREE + 1) * self.size] = 1
-        mapped(f"buffer{self.rank}", self.num_bytes, torch.uint8).zero_()
+        def flags(rank):
+            return mapped(f"flags{rank}", NUM_FLAGS, SLOTS, self.size)
+
+        def rooms(rank):
+            return mapped(f"rooms{rank}", SLOTS, self.size, self.num_bytes, dtype=torch.uint8)
+
+        flags(self.rank).zero_()[FREE] = 1
+        rooms(self.rank).zero_()
         dist.barrier(group=handle)
-        self._flags = [mapped(f"flags{rank}", num_flags, torch.int32) for rank in range(self.size)]
-        self._buffers = [mapped(f"buffer{rank}", self.num_bytes, torch.uint8) for rank in range(self.size)]
+        self._flags = [flags(rank) for rank in range(self.size)]
+        self._rooms = [rooms(rank) for rank in range(self.size)]
 
-    def buffer(self, rank):
-        return self._buffers[rank]
+    def room(self, at, of, slot):
+        return self._rooms[at][slot, of]
 
-    def tell(self, rank, flag):
+    def tell(self, rank, flag, slot):
         time.sleep(self._delays())
-        place = flag * self.size + self.rank
-        assert self._flags[rank][place] == 0, "a flag is set that nobody has taken"
-        self._flags[rank][place] = 1
+        place = self._flags[rank][flag, slot, self.rank]
+        assert place == 0, "a flag is set that nobody has taken"
+        place.fill_(1)
 
-    def take(self, rank, flag):
+    def take(self, rank, flag, slot):
         time.sleep(self._delays())
-        place, until = flag * self.size + rank, time.monotonic() + PATIENCE_SECONDS
-        while self._flags[self.rank][place] != 1:
+        place, until = self._flags[self.rank][flag, slot, rank], time.monotonic() + PATIENCE_SECONDS
+        while place != 1:
             assert time.monotonic() < until, f"rank {self.rank} waits for flag {flag} of rank {rank}"
             time.sleep(0)
-        self._flags[self.rank][place] = 0
+        place.fill_(0)
 
-    @contextlib.contextmanager
-    def beside(self):
-        yield lambda: None
+    def beside(self, action):
+        return self._copier.submit(action).result
 
 
 def irregular(rank):
@@ -78,13 +85,13 @@ def open_anywhere(handle, device=None):
 
 
 def by_copies(check, *args):
-    """Call a check whose tensor ranks copy shards out of each other's memory."""
+    """Call a check whose tensor ranks copy shards into each other's memory."""
     from tests.model import test_halves
     from tests.parallel import logical
 
-    copied, fill = [], PeerCopies._fill
-    PeerCopies._fill = lambda self, *parts: (copied.append(parts), fill(self, *parts))[1]
+    sent, send = [], PeerCopies._send
+    PeerCopies._send = lambda self, *part: (sent.append(part), send(self, *part))
     for module in (logical, test_halves):
         module.create_groups = partial(groups.create_groups, tensor_memory=open_anywhere)
     check(*args)
-    assert copied
+    assert sent

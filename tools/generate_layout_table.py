@@ -44,7 +44,7 @@ FEATURES: dict[str, Flags] = {
         **{"tp_comm_overlap": "halves", "micro_batch_size": "2"},
     },
     "inputs kept": {"tensor_model_parallel_size": "2", "sequence_parallel": None, "keep_gathered_inputs": None},
-    "copies": {"tensor_model_parallel_size": "2", "sequence_parallel": None, "tp_comm_by_copies": None},
+    "copies": {"tensor_model_parallel_size": "2", "sequence_parallel": None, "tp_comm_overlap": "copies"},
     "Ulysses": {"ds_sequence_parallel_size": "2"},
     "pipeline": {"pipeline_model_parallel_size": "2"},
     **{f"ZeRO {stage}": {"zero_stage": str(stage)} for stage in range(4)},

@@ -106,21 +106,26 @@ def gathered_inputs_are_of_shards(parallel: ParallelConfig) -> Iterator[str]:
         )
 
 
-def copies_are_of_shards(parallel: ParallelConfig) -> Iterator[str]:
-    """Only shards of the sequence are read out of other ranks' memory."""
-    if parallel.tp_comm_by_copies and not parallel.sequence_parallel:
+def shards_of_the_sequence_travel(parallel: ParallelConfig) -> Iterator[str]:
+    """What travels beside the computation are shards of the sequence."""
+    if parallel.tp_comm_overlap != "none" and not parallel.sequence_parallel:
         yield (
-            "--tp-comm-by-copies is how shards of the sequence travel between tensor ranks, which hold some with "
-            "--sequence-parallel only: add that, or leave it out."
+            f"--tp-comm-overlap {parallel.tp_comm_overlap} computes while shards of the sequence travel between tensor "
+            f"ranks, which hold some with --sequence-parallel only: add that, or use --tp-comm-overlap none."
         )
 
 
-def halves_trade_shards_of_the_sequence(parallel: ParallelConfig) -> Iterator[str]:
-    """What travels beside the other half are shards of the sequence."""
-    if parallel.tp_comm_overlap == "halves" and not parallel.sequence_parallel:
+def copies_go_with_whole_products(parallel: ParallelConfig, kernels: KernelsConfig) -> Iterator[str]:
+    """A product that is made a shard at a time has neither one result to keep, nor one scale."""
+    if parallel.tp_comm_overlap != "copies" or parallel.tensor_model_parallel_size == 1:
+        return
+    hindrances = ["--fp8"] if kernels.fp8 else []
+    if kernels.recompute_granularity == "products":
+        hindrances.append("--recompute-granularity products")
+    if hindrances:
         yield (
-            "--tp-comm-overlap halves computes while shards of the sequence travel between tensor ranks, which hold "
-            "some with --sequence-parallel only: add that, or use --tp-comm-overlap none."
+            f"--tp-comm-overlap copies with {' and '.join(hindrances)}: a product that is made a shard at a time has "
+            f"no result to keep and no scale of its own; use --tp-comm-overlap none or halves, or leave that out."
         )
 
 

@@ -32,14 +32,10 @@ class ParallelConfig:
     )
     tp_comm_overlap: str = flag(
         "none",
-        choices=("none", "halves"),
+        choices=("none", "halves", "copies"),
         help="what computes while shards of the sequence travel between tensor ranks: the other half of the "
-        "micro-batch; none: nothing in forward, and products of the same layer in backward",
-    )
-    tp_comm_by_copies: bool = flag(
-        False,
-        help="with --sequence-parallel and tensor ranks on GPUs of one host, let their copy engines read shards out of "
-        "each other's memory, in place of NCCL, whose kernels take multiprocessors from products",
+        "micro-batch; the product itself, a shard at a time, while copy engines carry the others (GPUs of one host); "
+        "none: nothing in forward, and products of the same layer in backward",
     )
     distributed_timeout_minutes: float = flag(
         10.0, range=POSITIVE, help="minutes a rank waits for the others before it gives up"

@@ -190,7 +190,7 @@ def _small_parallel(parallel: ParallelConfig, unit: int) -> ParallelConfig:
     counts = parallel.stage_blocks or ()
     return replace(
         parallel,
-        tp_comm_by_copies=False,
+        tp_comm_overlap="none" if parallel.tp_comm_overlap == "copies" else parallel.tp_comm_overlap,
         pipeline_partition=",".join(str(unit + (count > min(counts))) for count in counts) or None,
         distributed_timeout_minutes=min(parallel.distributed_timeout_minutes, 2.0),
     )

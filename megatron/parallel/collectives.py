@@ -27,7 +27,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.parallel.groups import Group
-from megatron.parallel.peer_copies import Copying
 
 # torch 2.13 renamed these two; the old names warn there.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -38,7 +37,7 @@ class Pending(NamedTuple):
     """A collective under way: its output may be read after `wait`, its input may not be changed before."""
 
     output: Tensor
-    work: dist.Work | Copying | None
+    work: dist.Work | None
 
     def wait(self) -> Tensor:
         """Make the output ready (on a GPU: for what the current stream does next) and return it."""
@@ -60,8 +59,6 @@ def start_all_gather(shard: Tensor, group: Group) -> Pending:
         return Pending(shard, None)
     shard = shard.contiguous()
     whole = shard.new_empty(group.size * shard.shape[0], *shard.shape[1:])
-    if group.copies is not None:
-        return Pending(whole, group.copies.all_gather(whole, shard))
     return Pending(whole, _all_gather(whole, shard, group=group.handle, async_op=True))
 
 
@@ -71,8 +68,6 @@ def start_reduce_scatter(summand: Tensor, group: Group) -> Pending:
         return Pending(summand, None)
     summand = summand.contiguous()
     shard = summand.new_empty(slice_length(summand, 0, group), *summand.shape[1:])
-    if group.copies is not None:
-        return Pending(shard, group.copies.reduce_scatter(shard, summand))
     return Pending(shard, _reduce_scatter(shard, summand, group=group.handle, async_op=True))
 
 

@@ -21,7 +21,7 @@ class Group:
         ranks: their global ranks, ascending.
         rank: this process's index in `ranks`, not its global rank.
         handle: what `torch.distributed` takes as `group`; None for a group of one, which never communicates.
-        copies: what gathers and sums shards in place of `torch.distributed`.
+        copies: what carries shards between the ranks while they multiply, in place of collectives.
     """
 
     ranks: tuple[int, ...]

@@ -37,7 +37,9 @@ from megatron.parallel.collectives import (
 )
 from megatron.parallel.gradient_sums import SumsGradients
 from megatron.parallel.groups import Group
+from megatron.parallel.peer_copies import PeerCopies
 from megatron.parallel.products import PLAIN, Operand, Products
+from megatron.parallel.shard_products import gathered_product, scattered_product
 from megatron.parallel.sharding import InitKind, divide, mark_init, mark_sharded
 
 
@@ -98,7 +100,7 @@ class ColumnParallelLinear(nn.Module):
 
     def gather(self, input: Tensor) -> Tensor | Gathering:
         """Start to bring together what `product` multiplies."""
-        return gathered_input(input, self.group, sequence_parallel=self.sequence_parallel)
+        return gathered_input(input, self.group, self.products, sequence_parallel=self.sequence_parallel)
 
     def product(self, input: Tensor | Gathering, bias: Tensor | None = None) -> Tensor:
         """Do as `forward`, with this bias, or none for a caller that adds it later, also for what `gather` started."""
@@ -165,6 +167,10 @@ class RowParallelLinear(SumsGradients):
         if self.group.size == 1:
             bias = self.bias if with_bias else None
             return RowOutput(Scattering(linear(input, self.weight, bias, products=self.products)))
+        copies = copies_of(self.group, self.products, sequence_parallel=self.sequence_parallel)
+        if copies is not None:
+            shard = scattered_product(input, self.weight, copies)
+            return RowOutput(Scattering(shard), self.own_bias if with_bias else None)
         summand = linear(input, self.weight, products=self.products)
         if self.sequence_parallel:
             scattering = start_scattering_sequence(summand, self.group)
@@ -207,9 +213,21 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, product
     return column_parallel_product(input, weight, bias, group=Group.alone(), products=products)
 
 
-def gathered_input(input: Tensor, group: Group, *, sequence_parallel: bool) -> Tensor | Gathering:
-    """Start to gather the input of `column_parallel_product` where it is a shard of the sequence."""
-    return start_gathering_sequence(input, group) if sequence_parallel and group.size > 1 else input
+def gathered_input(
+    input: Tensor, group: Group, products: Products = PLAIN, *, sequence_parallel: bool
+) -> Tensor | Gathering:
+    """Start to gather the input of `column_parallel_product` where it is a shard of the sequence.
+
+    Where copies carry shards it stays as it is: the product begins with it.
+    """
+    if not sequence_parallel or group.size == 1 or copies_of(group, products, sequence_parallel=True) is not None:
+        return input
+    return start_gathering_sequence(input, group)
+
+
+def copies_of(group: Group, products: Products, *, sequence_parallel: bool) -> PeerCopies | None:
+    """Give what carries shards to products and from them; operands other than plain matrices have collectives."""
+    return group.copies if sequence_parallel and products is PLAIN else None
 
 
 def column_parallel_product(
@@ -238,7 +256,10 @@ def column_parallel_product(
         [s, b, out/t].
     """
     if isinstance(input, Tensor):
-        input = gathered_input(input, group, sequence_parallel=sequence_parallel)
+        copies = copies_of(group, products, sequence_parallel=sequence_parallel)
+        if copies is not None:
+            return gathered_product(input, weight, bias, copies, keep_gathered=keep_gathered)
+        input = gathered_input(input, group, products, sequence_parallel=sequence_parallel)
     keeps = torch.is_grad_enabled()
     if isinstance(input, Gathering):
         return _ColumnProduct.apply(input.shard, weight, bias, group, input.exchange, products, keeps and keep_gathered)

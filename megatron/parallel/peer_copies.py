@@ -1,150 +1,178 @@
-"""Collectives of shards as copies: each rank reads what it needs out of the memory of the others.
+"""Shards that travel between ranks as copies into each other's memory, a piece at a time.
 
-A matrix product fills a GPU's multiprocessors and gives none of them up before it ends, so that kernels of NCCL beside
-it make it longer by what they take themselves. Copy engines move the same bytes and need no multiprocessor.
+A matrix product fills a GPU's multiprocessors and gives none of them up before it ends, so that a kernel of NCCL beside
+it makes it longer by what it takes itself. Copy engines move the same bytes and need no multiprocessor.
 
-Each rank has one buffer that the others may read. It fills its own when all have read what was in it before, tells them
-that it is full, and reads theirs; what is larger than a buffer goes in pieces. Between two ranks there are two flags,
-each set by one of them and cleared by the other, which waits for it, so that it does not matter which collective comes
-next, or whether it was recorded as part of a graph.
+On each rank there is room for pieces of every other one, in two slots. A rank copies a piece to where there is room for
+it, and tells the other that it is there; that one computes with it where it lies, and tells when it is done. Between
+two ranks each slot has two flags, each set by one of them and cleared by the other, which waits for it, so that it does
+not matter which piece comes next, or whether it was recorded as part of a graph.
+
+Legend: n rows of a shard, t ranks, w width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from typing import Protocol
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 FULL, FREE = 0, 1
-"""Flags: what the other rank has for this one lies in its buffer; the other rank has read this one's buffer."""
+"""Flags: a piece of the other rank lies here; the other rank has room for a piece of this one."""
 NUM_FLAGS = 2
+SLOTS = 2
 ALIGNMENT = 256
-"""Bytes that places in a buffer are multiples of."""
+"""Bytes that the room for a piece is a multiple of."""
 
 
 class PeerMemory(Protocol):
-    """A buffer on each rank of a group, which all of them read, and flags of one rank for another.
+    """Room for pieces on each rank of a group, and flags of one rank for another.
 
-    At the start every rank has FREE from each other one.
+    At the start every rank has FREE from each other one for each slot.
 
     Attributes:
         rank: this process's place in the group.
         size: ranks of the group.
-        num_bytes: length of a buffer, a multiple of `ALIGNMENT` times the ranks.
+        num_bytes: of a piece at most.
     """
 
     rank: int
     size: int
     num_bytes: int
 
-    def buffer(self, rank: int) -> Tensor:
-        """Return a rank's buffer, uint8 [num_bytes]."""
+    def room(self, at: int, of: int, slot: int) -> Tensor:
+        """Return the room at a rank for a piece of another one, uint8 [num_bytes]; one of both is this rank."""
         ...
 
-    def tell(self, rank: int, flag: int) -> None:
-        """Set this rank's flag at another one, after the copies before."""
+    def tell(self, rank: int, flag: int, slot: int) -> None:
+        """Set this rank's flag at another one, once what the stream did before is done."""
         ...
 
-    def take(self, rank: int, flag: int) -> None:
-        """Let the copies after this wait for another rank's flag, and clear it."""
+    def take(self, rank: int, flag: int, slot: int) -> None:
+        """Let what the stream does next wait for another rank's flag, and clear it."""
         ...
 
-    def beside(self) -> AbstractContextManager[Callable[[], None]]:
-        """Let copies run beside what comes after, but behind what came before; gives what waits for them."""
+    def beside(self, action: Callable[[], None]) -> Callable[[], None]:
+        """Let what an action copies and tells go on beside what comes after; it starts behind what came before.
+
+        Returns:
+            what waits for it.
+        """
         ...
 
 
-class Copying:
-    """Copies under way; like the work of `torch.distributed`, and keeps what they read until they are waited for."""
+class Piece(NamedTuple):
+    """Rows of a shard that travel together, and the slot that they take."""
 
-    def __init__(self, wait: Callable[[], None], reads: Tensor, finish: Callable[[], object] | None = None) -> None:
-        self._wait = wait
-        self._reads: Tensor | None = reads
-        self._finish = finish
-
-    def wait(self) -> None:
-        """Make the output ready for what comes next."""
-        self._wait()
-        if self._finish is not None:
-            self._finish()
-        self._reads = self._finish = None
+    rows: slice
+    slot: int
 
 
 class PeerCopies:
-    """All-gather and reduce-scatter along dim 0 over peer memory; all ranks call them in the same order."""
+    """Gathers shards for products, and sums up shards of products; all ranks call the same, in the same order."""
 
     def __init__(self, memory: PeerMemory) -> None:
         self._memory = memory
         rank, size = memory.rank, memory.size
         self._others = [(rank + distance) % size for distance in range(1, size)]  # each rank begins with another one
+        self._next_slot = 0
 
-    def all_gather(self, whole: Tensor, shard: Tensor) -> Copying:
-        """Start to fill `whole`, [t n, ...], with the shards [n, ...] of all ranks; both are contiguous."""
-        memory, own = self._memory, _bytes(shard)
-        places = _bytes(whole).view(memory.size, -1)
-        with memory.beside() as wait:
-            for piece in _pieces(own.numel(), memory.num_bytes):
-                self._fill((own[piece],))
-                places[memory.rank, piece].copy_(own[piece])
-                for other, buffer in self._filled():
-                    places[other, piece].copy_(buffer[: piece.stop - piece.start])
-        return Copying(wait, shard)
+    @property
+    def size(self) -> int:
+        """Ranks of the group."""
+        return self._memory.size
 
-    def reduce_scatter(self, shard: Tensor, summand: Tensor) -> Copying:
-        """Start to fill `shard`, [n, ...], with this rank's slice of the sum of all [t n, ...]; both are contiguous.
+    def gather(self, shard: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Start to send the shard, [n, w] and contiguous, to all ranks.
 
-        Two ranks' slices are added as they are; more of them in fp32, in the order of ranks.
+        Returns:
+            parts of [t n, w], each with its rows of that: a rank's own first, then those of others as they arrive. A
+            part is to be read before the next one is asked for, and all of them are, before the next `scatter` returns.
         """
-        memory, parts = self._memory, summand.view(self._memory.size, *shard.shape)
-        slices = _bytes(summand).view(memory.size, -1)
-        # One other rank's slice can arrive where the sum will be.
-        arrived = shard.unsqueeze(0) if memory.size == 2 else torch.empty_like(parts)
-        arrivals = _bytes(arrived).view(arrived.shape[0], -1)
-        room = memory.num_bytes // memory.size
-        with memory.beside() as wait:
-            for piece in _pieces(slices.shape[1], room):
-                length = piece.stop - piece.start
-                self._fill(tuple(slices[rank, piece] for rank in range(memory.size)), room)
-                for other, buffer in self._filled():
-                    place = 0 if memory.size == 2 else other
-                    arrivals[place, piece].copy_(buffer[memory.rank * room :][:length])
+        pieces = self._pieces(shard)
 
-        def finish() -> None:
-            if memory.size == 2:
-                shard.add_(parts[memory.rank])
-            else:
-                arrived[memory.rank].copy_(parts[memory.rank])
-                torch.sum(arrived, dim=0, out=shard)
+        def send() -> None:
+            for piece in pieces:
+                for other in self._others:
+                    self._send(shard[piece.rows], other, piece.slot)
 
-        return Copying(wait, summand, finish)
+        return self._arrivals(shard, pieces, self._memory.beside(send))
 
-    def _fill(self, parts: tuple[Tensor, ...], room: int = 0) -> None:
-        """Put a part for each rank, or one for all, into this rank's buffer, and tell the others."""
+    def _arrivals(self, shard: Tensor, pieces: list[Piece], wait: Callable[[], None]) -> Iterator[tuple[slice, Tensor]]:
+        for piece in pieces:
+            yield self._rows(self._memory.rank, shard, piece), shard[piece.rows]
+            for other in self._others:
+                with self._arrived(shard[piece.rows], other, piece.slot) as part:
+                    yield self._rows(other, shard, piece), part
+        wait()  # until then the shard is read
+
+    def scatter(
+        self, produce: Callable[[slice, Tensor], object], sums: Tensor, meanwhile: Callable[[], None] | None = None
+    ) -> None:
+        """Sum up what all ranks produce, each its own shard; two summands as they are, more of them in fp32.
+
+        Args:
+            produce: writes a rank's summand for these rows of [t n, w].
+            sums: this rank's shard of the sum, [n, w] and contiguous, is written here.
+            meanwhile: called before anything is waited for.
+        """
+        memory, pieces, sent = self._memory, self._pieces(sums), []
+        for piece in pieces:
+            for other in self._others:
+                part = torch.empty_like(sums[piece.rows])
+                produce(self._rows(other, sums, piece), part)
+                wait = memory.beside(partial(self._send, part, other, piece.slot))
+                sent.append((wait, part))  # which is read until then
+        for piece in pieces:
+            produce(self._rows(memory.rank, sums, piece), sums[piece.rows])
+        if meanwhile is not None:
+            meanwhile()
+        for piece in pieces:
+            self._add(sums, piece)
+        for wait, _ in sent:
+            wait()
+
+    def _add(self, sums: Tensor, piece: Piece) -> None:
+        """Add the pieces of the other ranks."""
+        own = sums[piece.rows]
+        total = own if len(self._others) == 1 else own.to(torch.promote_types(own.dtype, torch.float32))
+        for other in self._others:
+            with self._arrived(own, other, piece.slot) as part:
+                total += part
+        if total is not own:
+            own.copy_(total)
+
+    def _pieces(self, shard: Tensor) -> list[Piece]:
+        """Cut a shard; all ranks cut theirs alike, and take the same slots in turn."""
+        row_bytes = shard.shape[1] * shard.element_size()
+        step = self._memory.num_bytes // max(row_bytes, 1)
+        if step == 0:
+            raise ValueError(f"a row of {row_bytes} bytes is longer than a piece, {self._memory.num_bytes} bytes")
+        pieces = []
+        for start in range(0, shard.shape[0], step):
+            pieces.append(Piece(slice(start, min(start + step, shard.shape[0])), self._next_slot))
+            self._next_slot = (self._next_slot + 1) % SLOTS
+        return pieces
+
+    @staticmethod
+    def _rows(rank: int, shard: Tensor, piece: Piece) -> slice:
+        """Rows of the whole that a piece of a rank's shard is."""
+        before = rank * shard.shape[0]
+        return slice(before + piece.rows.start, before + piece.rows.stop)
+
+    def _send(self, part: Tensor, other: int, slot: int) -> None:
         memory = self._memory
-        for other in self._others:
-            memory.take(other, FREE)
-        own = memory.buffer(memory.rank)
-        for place, part in enumerate(parts):
-            if len(parts) == 1 or place != memory.rank:
-                own[place * room :][: part.numel()].copy_(part)
-        for other in self._others:
-            memory.tell(other, FULL)
+        memory.take(other, FREE, slot)
+        memory.room(other, memory.rank, slot)[: part.nbytes].copy_(part.detach().view(-1).view(torch.uint8))
+        memory.tell(other, FULL, slot)
 
-    def _filled(self) -> Iterator[tuple[int, Tensor]]:
-        """Give the other ranks and their buffers, each for as long as the caller copies out of it."""
-        for other in self._others:
-            self._memory.take(other, FULL)
-            yield other, self._memory.buffer(other)
-            self._memory.tell(other, FREE)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().view(-1).view(torch.uint8)
-
-
-def _pieces(num_bytes: int, room: int) -> Iterator[slice]:
-    for start in range(0, num_bytes, room):
-        yield slice(start, min(start + room, num_bytes))
+    @contextmanager
+    def _arrived(self, like: Tensor, other: int, slot: int) -> Iterator[Tensor]:
+        memory = self._memory
+        memory.take(other, FULL, slot)
+        yield memory.room(memory.rank, other, slot)[: like.nbytes].view(like.dtype).view(like.shape)
+        memory.tell(other, FREE, slot)

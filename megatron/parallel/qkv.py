@@ -94,7 +94,7 @@ class QueryKeyValueLinear(nn.Module):
 
     def gather(self, hidden: Tensor) -> Tensor | Gathering:
         """Start to bring together what `product` multiplies."""
-        return gathered_input(hidden, self.group, sequence_parallel=self.sequence_parallel)
+        return gathered_input(hidden, self.group, self.products, sequence_parallel=self.sequence_parallel)
 
     def product(self, hidden: Tensor | Gathering) -> Tensor:
         """Multiply hidden states [s, b, h], or [s/t, b, h] with sequence parallelism, or what `gather` made of them."""

@@ -138,7 +138,9 @@ def _build_engine(
         " each half of a micro-batch computes while shards of the other travel"
         if takes_halves(config.parallel)
         else None,
-        " shards travel between tensor ranks by the GPUs' copy engines" if place.groups.tensor.copies else None,
+        " products begin while shards travel between tensor ranks by copy engines"
+        if place.groups.tensor.copies
+        else None,
         f" kernels: {reason}{compiled}{graphed}",
         recompute.describe(),
         memory.describe() if place.device.type == "cuda" else None,  # of a process on a CPU it is a part

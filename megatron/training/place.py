@@ -61,7 +61,7 @@ def join_ranks(parallel: ParallelConfig, seed: int, environment: RankEnvironment
         environment.rank,
         timeout,
         tensor_first=takes_halves(parallel),
-        tensor_memory=partial(open_peer_memory, device=device) if parallel.tp_comm_by_copies else None,
+        tensor_memory=partial(open_peer_memory, device=device) if parallel.tp_comm_overlap == "copies" else None,
     )
     streams = seed_everything(seed, groups, device)
     control = Control.of_world(timeout)

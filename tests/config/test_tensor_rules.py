@@ -15,7 +15,13 @@ REFUSED = {
     ),
     f"{IN_HALVES} --micro-batch-size 3": "--tp-comm-overlap halves & --micro-batch-size 3 & use 4",
     f"{IN_HALVES} --micro-batch-size 2 --zero-stage 3": "--tp-comm-overlap halves & --zero-stage 3 & 1 or 2",
-    "--tensor-model-parallel-size 2 --tp-comm-by-copies": "--tp-comm-by-copies & --sequence-parallel & add that",
+    "--tensor-model-parallel-size 2 --tp-comm-overlap copies": "--tp-comm-overlap copies & --sequence-parallel & none",
+    f"{SHARDED} --tp-comm-overlap copies --precision bf16 --fp8": (
+        "--tp-comm-overlap copies with --fp8 & none or halves"
+    ),
+    f"{SHARDED} --tp-comm-overlap copies --recompute-granularity products --recompute-budget-gib 1": (
+        "--tp-comm-overlap copies with --recompute-granularity products & none or halves"
+    ),
     "--tensor-model-parallel-size 2 --keep-gathered-inputs": "--keep-gathered-inputs & --sequence-parallel & add that",
 }
 
