@@ -4,7 +4,6 @@ import math
 import random
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +28,6 @@ class MappedMemory:
     def __init__(self, handle, delays=lambda: 0.0):
         self.rank, self.size = handle.rank(), handle.size()
         self.num_bytes, self._delays = 2 * ALIGNMENT, delays
-        self._copier = ThreadPoolExecutor(max_workers=1)
         names = [tempfile.mkdtemp(prefix="peers-")]
         dist.broadcast_object_list(names, group=handle, group_src=0)
         folder = Path(names[0])
@@ -68,7 +66,9 @@ class MappedMemory:
         place.fill_(0)
 
     def beside(self, action):
-        return self._copier.submit(action).result
+        """Act at once: what waits then for something that another rank's host comes to later waits for ever."""
+        action()
+        return lambda: None
 
 
 def irregular(rank):

@@ -3,16 +3,21 @@
 A matrix product fills a GPU's multiprocessors and gives none of them up before it ends, so that a kernel of NCCL beside
 it makes it longer by what it takes itself. Copy engines move the same bytes and need no multiprocessor.
 
-On each rank there is room for pieces of every other one, in two slots. A rank copies a piece to where there is room for
-it, and tells the other that it is there; that one computes with it where it lies, and tells when it is done. Between
-two ranks each slot has two flags, each set by one of them and cleared by the other, which waits for it, so that it does
-not matter which piece comes next, or whether it was recorded as part of a graph.
+On each rank there is room for pieces of every other one, in slots. A rank copies a piece to where there is room for it,
+and tells the other that it is there; that one computes with it where it lies, and tells when it is done. Between two
+ranks each slot has two flags, each set by one of them and cleared by the other, which waits for it, so that it does not
+matter which piece comes next, or whether it was recorded as part of a graph.
+
+A rank never lets a stream wait for what another rank will only later ask of its own: a piece is sent when the host has
+asked for the work on the one that was in its slot. The host may wait for the whole GPU in between, as it does for new
+memory, and ranks that waited for each other's hosts would wait for ever.
 
 Legend: n rows of a shard, t ranks, w width.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +29,9 @@ from torch import Tensor
 FULL, FREE = 0, 1
 """Flags: a piece of the other rank lies here; the other rank has room for a piece of this one."""
 NUM_FLAGS = 2
-SLOTS = 2
+SLOTS = 4
+GATHERED, SCATTERED = (0, 1), (2, 3)
+"""Slots of pieces of either kind: they are on their way at the same time."""
 ALIGNMENT = 256
 """Bytes that the room for a piece is a multiple of."""
 
@@ -79,7 +86,7 @@ class PeerCopies:
         self._memory = memory
         rank, size = memory.rank, memory.size
         self._others = [(rank + distance) % size for distance in range(1, size)]  # each rank begins with another one
-        self._next_slot = 0
+        self._slots = {kind: itertools.cycle(kind) for kind in (GATHERED, SCATTERED)}
 
     @property
     def size(self) -> int:
@@ -91,24 +98,23 @@ class PeerCopies:
 
         Returns:
             parts of [t n, w], each with its rows of that: a rank's own first, then those of others as they arrive. A
-            part is to be read before the next one is asked for, and all of them are, before the next `scatter` returns.
+            part is to be read before the next one is asked for, and all of them are, before the next `gather`.
         """
-        pieces = self._pieces(shard)
+        pieces = self._pieces(shard, GATHERED)
+        first = [self._send_to_all(shard, piece) for piece in pieces[: len(GATHERED)]]
+        return self._arrivals(shard, pieces, first)
 
-        def send() -> None:
-            for piece in pieces:
-                for other in self._others:
-                    self._send(shard[piece.rows], other, piece.slot)
-
-        return self._arrivals(shard, pieces, self._memory.beside(send))
-
-    def _arrivals(self, shard: Tensor, pieces: list[Piece], wait: Callable[[], None]) -> Iterator[tuple[slice, Tensor]]:
-        for piece in pieces:
+    def _arrivals(
+        self, shard: Tensor, pieces: list[Piece], sent: list[Callable[[], None]]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        for index, piece in enumerate(pieces):
             yield self._rows(self._memory.rank, shard, piece), shard[piece.rows]
             for other in self._others:
                 with self._arrived(shard[piece.rows], other, piece.slot) as part:
                     yield self._rows(other, shard, piece), part
-        wait()  # until then the shard is read
+            sent += [self._send_to_all(shard, later) for later in pieces[index + len(GATHERED) :][:1]]
+        for wait in sent:
+            wait()  # until then the shard is read
 
     def scatter(
         self, produce: Callable[[slice, Tensor], object], sums: Tensor, meanwhile: Callable[[], None] | None = None
@@ -118,21 +124,26 @@ class PeerCopies:
         Args:
             produce: writes a rank's summand for these rows of [t n, w].
             sums: this rank's shard of the sum, [n, w] and contiguous, is written here.
-            meanwhile: called before anything is waited for.
+            meanwhile: called while pieces are on their way, before anything is waited for.
         """
-        memory, pieces, sent = self._memory, self._pieces(sums), []
-        for piece in pieces:
+        pieces, sent = self._pieces(sums, SCATTERED), []
+
+        def produce_and_send(piece: Piece) -> None:
             for other in self._others:
                 part = torch.empty_like(sums[piece.rows])
                 produce(self._rows(other, sums, piece), part)
-                wait = memory.beside(partial(self._send, part, other, piece.slot))
+                wait = self._memory.beside(partial(self._send, part, other, piece.slot))
                 sent.append((wait, part))  # which is read until then
-        for piece in pieces:
-            produce(self._rows(memory.rank, sums, piece), sums[piece.rows])
+            produce(self._rows(self._memory.rank, sums, piece), sums[piece.rows])
+
+        for piece in pieces[: len(SCATTERED)]:
+            produce_and_send(piece)
         if meanwhile is not None:
             meanwhile()
-        for piece in pieces:
+        for index, piece in enumerate(pieces):
             self._add(sums, piece)
+            for later in pieces[index + len(SCATTERED) :][:1]:
+                produce_and_send(later)
         for wait, _ in sent:
             wait()
 
@@ -146,23 +157,27 @@ class PeerCopies:
         if total is not own:
             own.copy_(total)
 
-    def _pieces(self, shard: Tensor) -> list[Piece]:
+    def _pieces(self, shard: Tensor, kind: tuple[int, int]) -> list[Piece]:
         """Cut a shard; all ranks cut theirs alike, and take the same slots in turn."""
         row_bytes = shard.shape[1] * shard.element_size()
         step = self._memory.num_bytes // max(row_bytes, 1)
         if step == 0:
             raise ValueError(f"a row of {row_bytes} bytes is longer than a piece, {self._memory.num_bytes} bytes")
-        pieces = []
-        for start in range(0, shard.shape[0], step):
-            pieces.append(Piece(slice(start, min(start + step, shard.shape[0])), self._next_slot))
-            self._next_slot = (self._next_slot + 1) % SLOTS
-        return pieces
+        starts = range(0, shard.shape[0], step)
+        return [Piece(slice(start, min(start + step, shard.shape[0])), next(self._slots[kind])) for start in starts]
 
     @staticmethod
     def _rows(rank: int, shard: Tensor, piece: Piece) -> slice:
         """Rows of the whole that a piece of a rank's shard is."""
         before = rank * shard.shape[0]
         return slice(before + piece.rows.start, before + piece.rows.stop)
+
+    def _send_to_all(self, shard: Tensor, piece: Piece) -> Callable[[], None]:
+        def send() -> None:
+            for other in self._others:
+                self._send(shard[piece.rows], other, piece.slot)
+
+        return self._memory.beside(send)
 
     def _send(self, part: Tensor, other: int, slot: int) -> None:
         memory = self._memory

@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron.config.errors import ConfigError
 from megatron.parallel.peer_copies import ALIGNMENT, FREE, NUM_FLAGS, SLOTS, PeerMemory
 
-NUM_BYTES = 2**27
+NUM_BYTES = 2**28
 """Of the room on each GPU, for all other ranks together."""
 FLAG_BYTES = 4
 EQUAL = 1
