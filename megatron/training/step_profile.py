@@ -30,7 +30,7 @@ LAUNCH = re.compile(r"cu(?:da)?[A-Z]")
 
 BY_NAME = (
     ("compiled by torch", r"^triton_"),  # whose names list what is fused in them: first, or a part would count as all
-    ("collectives", r"nccl|gloo:|c10d::|all_?reduce|all_?gather|reduce_?scatter"),
+    ("collectives", r"nccl|Memcpy PtoP|gloo:|c10d::|all_?reduce|all_?gather|reduce_?scatter"),
     (
         "attention",
         r"sdpa|fmha|flash|cudnn::fusion|(?:query|key_value)_kernel|forward_kernel|scaled_dot|megatron::Softmax",
