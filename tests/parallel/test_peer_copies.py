@@ -147,7 +147,11 @@ def test_layers_whose_shards_are_copied_match_the_plain_ones_on_gpus(check):
 def products_are_those_of_the_whole_sequence():
     """Of shards of many pieces, many times in a row, and as part of a graph that is repeated among others."""
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    rank, size, device = dist.get_rank(), dist.get_world_size(), torch.device("cuda", rank % torch.cuda.device_count())
+    rank, size, device = (
+        dist.get_rank(),
+        dist.get_world_size(),
+        torch.device("cuda", dist.get_rank() % torch.cuda.device_count()),
+    )
     torch.cuda.set_device(device)
     copies = PeerCopies(open_peer_memory(dist.group.WORLD, device))
 
