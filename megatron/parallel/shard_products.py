@@ -51,7 +51,12 @@ def scattered_product(input: Tensor, weight: Tensor, copies: PeerCopies) -> Tens
 
     Returns:
         this rank's shard of the sum, [s/t, b, o].
+
+    Raises:
+        ValueError: they do not.
     """
+    if input.shape[0] % copies.size:
+        raise ValueError(f"a sequence of {input.shape[0]} positions cannot be divided over {copies.size} ranks")
     product: Tensor = _ScatteredProduct.apply(input, weight, copies)
     return product
 
