@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 import tempfile
 import time
 from functools import partial
@@ -47,6 +48,9 @@ class MappedMemory:
         dist.barrier(group=handle)
         self._flags = [flags(rank) for rank in range(self.size)]
         self._rooms = [rooms(rank) for rank in range(self.size)]
+        dist.barrier(group=handle)
+        if self.rank == 0:
+            shutil.rmtree(folder)  # the memory stays for as long as it is mapped
 
     def room(self, at, of, slot):
         return self._rooms[at][slot, of]
