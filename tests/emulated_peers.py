@@ -29,7 +29,7 @@ class MappedMemory:
     def __init__(self, handle, delays=lambda: 0.0):
         self.rank, self.size = handle.rank(), handle.size()
         self.num_bytes, self._delays = 2 * ALIGNMENT, delays
-        names = [tempfile.mkdtemp(prefix="peers-")]
+        names = [tempfile.mkdtemp(prefix="peers-") if self.rank == 0 else ""]
         dist.broadcast_object_list(names, group=handle, group_src=0)
         folder = Path(names[0])
 
