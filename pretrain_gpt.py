@@ -7,7 +7,7 @@ import time
 
 from megatron.config.errors import UserError, tell
 from megatron.config.run import parse_run_config
-from megatron.engine.launch import read_environment, stop
+from megatron.engine.launch import leave, read_environment, stop
 
 
 def main() -> int:
@@ -29,4 +29,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

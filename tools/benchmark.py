@@ -22,8 +22,8 @@ Flags of its own come before or between those of pretrain_gpt.py, which win over
 
 Model FLOPs are 6 x weights in products x tokens + 12 x layers x heads x head size x length x tokens, recompute not
 counted ("full"); "causal" counts half of the second term, what a causal model needs. MFU is of "full". The overhead is
-the host's time of a step outside of DeepSpeed's forward, backward and step, and "data" what of it is the wait for data;
-the device notices neither while it has work. Each run has processes of its own: one that runs out of memory is a row.
+the host's time of a step outside of DeepSpeed's forward, backward and step; "data" and "agreement" are what of it is the
+wait for data and for the ranks to agree to go on; the device notices none of them while it has work. Each run has processes of its own: one that runs out of memory is a row.
 Exit code 0 unless a run failed for another reason.
 """
 
@@ -69,6 +69,7 @@ COLUMNS = (
     ("reserved", "reserved_gib", ".2f"),
     ("overhead ms", "overhead_ms_per_step", ".2f"),
     ("data ms", "data_ms_per_step", ".2f"),
+    ("agreement ms", "agreement_ms_per_step", ".2f"),
 )
 
 

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is 
 
 from megatron.config.errors import UserError, tell
 from megatron.config.run import parse_run_config
+from megatron.engine.launch import leave, read_environment
 from megatron.engine.launchers import RankEnvironment
 
 if TYPE_CHECKING:
@@ -68,8 +69,6 @@ class Row:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; returns the exit code."""
-    from megatron.engine.launch import read_environment
-
     arguments, words = parse(argv)
     environment = read_environment()
     try:
@@ -359,4 +358,4 @@ def clear(folder: Path, control: Control) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is 
 
 from megatron.config.errors import UserError, tell
 from megatron.config.run import parse_run_config
-from megatron.engine.launch import read_environment, stop
+from megatron.engine.launch import leave, read_environment, stop
 
 if TYPE_CHECKING:
     from megatron.training.step_profile import StepProfile
@@ -86,4 +86,4 @@ def lines(found: StepProfile, kernels: int) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

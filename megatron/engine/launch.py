@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import io
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron.engine.hosts import LaunchError
 from megatron.engine.launchers import RankEnvironment, parse_environment
@@ -120,6 +121,20 @@ def stop() -> None:
 
     torch.distributed.destroy_process_group()
     comm.cdb = None  # DeepSpeed's handle of the group, which outlives it and would stop a second start
+
+
+def leave(code: int) -> NoReturn:
+    """End a rank's process with this exit code: what was registered for the exit is done, then nothing more.
+
+    The interpreter's own end would not be safe. A thread of gloo that lets go of a collective's tensor waits for
+    Python's lock; where the interpreter is ending, Python ends that thread, inside a C++ destructor, which aborts the
+    process: a run that is done and saved would count as failed, now and then.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever read it is gone, or it is closed
+            stream.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager

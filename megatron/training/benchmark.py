@@ -136,5 +136,6 @@ def _reported(config: RunConfig, folder: Path, world_size: int) -> Figures:
         "mfu_causal": None if mfu is None else mfu * causal / full,
         "overhead_ms_per_step": report["timers_ms"]["overhead"],
         "data_ms_per_step": report["timers_ms"]["data"],
+        "agreement_ms_per_step": report["timers_ms"]["agreement"],
         "lm_loss": report["lm_loss"],
     }

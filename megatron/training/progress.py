@@ -19,7 +19,7 @@ def train_line(record: Record, total_iterations: int | None) -> str:
         f"consumed samples: {record['consumed_samples']:12d}",
         f"consumed tokens: {record['consumed_tokens']:14d}",
         f"elapsed time per iteration (ms): {record['elapsed_ms_per_step']:.1f}",
-        f"host overhead (ms): {record['timers_ms']['overhead']:.2f}, data {record['timers_ms'].get('data', 0.0):.2f}",
+        f"host overhead (ms): {overhead_text(record['timers_ms'])}",
         f"learning rate: {record['learning_rate']:.6E}",
         f"global batch size: {record['global_batch_size']:5d}",
         f"lm loss: {number(record['lm_loss'], '.6E')}",
@@ -33,6 +33,12 @@ def train_line(record: Record, total_iterations: int | None) -> str:
         f"ETA: {duration(record['eta_seconds'])}",
     ]
     return " | ".join(parts) + " |"
+
+
+def overhead_text(timers: Mapping[str, float]) -> str:
+    """What the loop costs the host in a step, and the two waits in it: for data, and for the ranks to agree."""
+    waits = ", ".join(f"{name} {timers.get(name, 0.0):.2f}" for name in ("data", "agreement"))
+    return f"{timers['overhead']:.2f}, {waits}"
 
 
 def speed_parts(record: Record) -> list[str]:

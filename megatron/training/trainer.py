@@ -145,7 +145,8 @@ class Trainer:
             return self._leave(stop)
 
     def _reason_to_stop(self) -> Stop | None:
-        return self._rules.stop(self.state, stepped=self.state.iteration > self._first_iteration)
+        with self._timers.measure("agreement"):  # the ranks ask each other: the wait for the last of them, mostly
+            return self._rules.stop(self.state, stepped=self.state.iteration > self._first_iteration)
 
     def _due(self, interval: int | None) -> bool:
         return interval is not None and interval > 0 and self.state.iteration % interval == 0

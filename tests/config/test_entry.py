@@ -14,16 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 WATCH = """
-import runpy, sys
+import atexit, runpy, sys
 sys.argv = ["pretrain_gpt.py", *sys.argv[1:]]
-code = 0
-try:
-    runpy.run_path("pretrain_gpt.py", run_name="__main__")
-except SystemExit as left:
-    code = left.code
-heavy = {"torch", "numpy", "deepspeed", "transformers"} & set(sys.modules)
-print("loaded:", sorted(heavy), file=sys.stderr)
-sys.exit(code)
+heavy = {"torch", "numpy", "deepspeed", "transformers"}
+atexit.register(lambda: print("loaded:", sorted(heavy & set(sys.modules)), file=sys.stderr))
+runpy.run_path("pretrain_gpt.py", run_name="__main__")
 """
 
 

@@ -205,3 +205,22 @@ def test_the_program_prints_nothing_of_deepspeed_on_its_output(tmp_path):
     variables |= {"TORCH_EXTENSIONS_DIR": str(tmp_path), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
     assert done.stdout == ""
+
+
+LEAVING = """
+import atexit, os
+from megatron.engine.launch import leave
+class Late:
+    def __del__(self):  # runs in the interpreter's end, where gloo's threads abort as well
+        os.abort()
+late = Late()
+atexit.register(print, "closed", end=".")
+leave(3)
+"""
+
+
+def test_a_rank_leaves_before_the_interpreter_ends_and_loses_nothing():
+    left = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=60)
+    assert (left.returncode, left.stdout, left.stderr) == (3, "closed.", "")
+    ended = LEAVING.replace("leave(3)", "")
+    assert subprocess.run([sys.executable, "-c", ended], capture_output=True, timeout=60).returncode != 0

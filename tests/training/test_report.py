@@ -32,7 +32,7 @@ RECORD = {
     "mfu": 0.458,
     "memory_gib": 1.25,
     "eta_seconds": 3661.0,
-    "timers_ms": {"data": 0.5, "overhead": 0.75},
+    "timers_ms": {"data": 0.5, "agreement": 0.125, "overhead": 0.75},
 }
 EVALUATION = {"split": "validation", "iteration": 20, "lm_loss": 3.0, "perplexity": 20.1, "tokens": 99}
 
@@ -74,7 +74,7 @@ def test_train_line_has_megatrons_names():
         "consumed samples:          160 |",
         "consumed tokens:",
         "elapsed time per iteration (ms): 12.5 |",
-        "host overhead (ms): 0.75, data 0.50 |",
+        "host overhead (ms): 0.75, data 0.50, agreement 0.12 |",
         "learning rate: 1.000000E-03 |",
         "global batch size:     8 |",
         "lm loss: 3.250000E+00 |",
