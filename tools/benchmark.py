@@ -22,8 +22,9 @@ Flags of its own come before or between those of pretrain_gpt.py, which win over
 
 Model FLOPs are 6 x weights in products x tokens + 12 x layers x heads x head size x length x tokens, recompute not
 counted ("full"); "causal" counts half of the second term, what a causal model needs. MFU is of "full". The overhead is
-the host's time of a step outside of DeepSpeed's forward, backward and step; "data" and "agreement" are what of it is the
-wait for data and for the ranks to agree to go on; the device notices none of them while it has work. Each run has processes of its own: one that runs out of memory is a row.
+the host's time of a step outside of DeepSpeed's forward, backward and step; "data" and "agreement" are what of it is
+the wait for data and for the ranks to agree to go on; the device notices none of them while it has work. Each run has
+processes of its own: one that runs out of memory is a row.
 Exit code 0 unless a run failed for another reason.
 """
 

@@ -36,7 +36,7 @@ def train_line(record: Record, total_iterations: int | None) -> str:
 
 
 def overhead_text(timers: Mapping[str, float]) -> str:
-    """What the loop costs the host in a step, and the two waits in it: for data, and for the ranks to agree."""
+    """Tell what the loop costs the host in a step, and the two waits in it: for data, and for the ranks to agree."""
     waits = ", ".join(f"{name} {timers.get(name, 0.0):.2f}" for name in ("data", "agreement"))
     return f"{timers['overhead']:.2f}, {waits}"
 
