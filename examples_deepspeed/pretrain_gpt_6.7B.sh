@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # GPT 6.7B: each layer on two GPUs, and as many copies of these pairs as there are.
+# With --tp-comm-overlap copies at the end shards travel beside the products, where these reach each other's memory.
 # world size: 8
 #
 # What can be set is at the head of pretrain.sh.
