@@ -21,8 +21,10 @@ from megatron.model.gpt import padded_vocab_size
 from megatron.parallel.groups import Group, ParallelGroups
 from megatron.training.build import build_trainer
 from megatron.training.build_engine import plan_recompute, predict_memory, with_partition
+from megatron.training.cluster import Cluster
 from megatron.training.memory import MemoryPlan
-from megatron.training.recompute import GIB
+from megatron.training.recompute import GIB, Recompute
+from megatron.training.step_cost import StepCost, predict_step
 
 Figures = dict[str, Any]
 
@@ -89,8 +91,22 @@ def join_figures(ranks: list[Figures]) -> Figures:
 
 def predict_run(config: RunConfig, world_size: int, *, on_gpu: bool = True) -> MemoryPlan:
     """Predict the peak of a run on synthetic tokens, without starting it; on GPUs with the fused kernels."""
-    parallel, vocab_size = config.parallel, config.data.vocab_size or 0
-    config = with_partition(config, vocab_size)
+    config, groups, recompute = plan_run(config, world_size)
+    fused = on_gpu and not (config.kernels.no_fused_kernels or config.kernels.no_cross_entropy_loss_fusion)
+    return predict_memory(config, config.data.vocab_size or 0, groups, recompute, fused=fused)
+
+
+def predict_seconds(config: RunConfig, world_size: int, cluster: Cluster) -> StepCost:
+    """Predict what a step of a run on synthetic tokens takes, without starting it."""
+    config, _, recompute = plan_run(config, world_size)
+    rows = padded_vocab_size(config.data.vocab_size or 0, config.model.make_vocab_size_divisible_by)
+    return predict_step(config, rows, recompute, world_size, cluster)
+
+
+def plan_run(config: RunConfig, world_size: int) -> tuple[RunConfig, ParallelGroups, Recompute]:
+    """Divide a run on synthetic tokens over stages and ranks, none of which communicate, and plan its recompute."""
+    parallel = config.parallel
+    config = with_partition(config, config.data.vocab_size or 0)
     data_size = data_parallel_size(parallel, world_size)
     groups = ParallelGroups(
         world=_planned(world_size),
@@ -102,9 +118,7 @@ def predict_run(config: RunConfig, world_size: int, *, on_gpu: bool = True) -> M
     )
     backends = find_implementations("megatron.kernels.attention", AttentionBackend)
     attention = backends.get(config.kernels.attention_backend, FUSED_ATTENTION)  # which of them auto is, a GPU tells
-    fused = on_gpu and not (config.kernels.no_fused_kernels or config.kernels.no_cross_entropy_loss_fusion)
-    recompute = plan_recompute(config, groups, attention)
-    return predict_memory(config, vocab_size, groups, recompute, fused=fused)
+    return config, groups, plan_recompute(config, groups, attention)
 
 
 def _planned(size: int) -> Group:
