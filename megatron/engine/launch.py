@@ -124,12 +124,19 @@ def stop() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End a rank's process with this exit code: what was registered for the exit is done, then nothing more.
+    """End a rank's process with this exit code, as `sys.exit` does, but for what follows its exit handlers.
 
-    The interpreter's own end would not be safe. A thread of gloo that lets go of a collective's tensor waits for
-    Python's lock; where the interpreter is ending, Python ends that thread, inside a C++ destructor, which aborts the
-    process: a run that is done and saved would count as failed, now and then.
+    That would not be safe. A thread of gloo that lets go of a collective's tensor waits for Python's lock; where the
+    interpreter is ending, Python ends that thread, inside a C++ destructor, which aborts the process: a run that is done
+    and saved would count as failed, now and then.
     """
+    atexit.register(_end, code)
+    sys.exit(code)
+
+
+def _end(code: int) -> NoReturn:
+    """Do what was registered for the exit, then nothing more."""
+    atexit.unregister(_end)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # whoever read it is gone, or it is closed

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,8 +220,17 @@ leave(3)
 """
 
 
-def test_a_rank_leaves_before_the_interpreter_ends_and_loses_nothing():
-    left = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=60)
-    assert (left.returncode, left.stdout, left.stderr) == (3, "closed.", "")
-    ended = LEAVING.replace("leave(3)", "")
-    assert subprocess.run([sys.executable, "-c", ended], capture_output=True, timeout=60).returncode != 0
+def test_a_rank_leaves_before_the_interpreter_ends_and_loses_nothing(tmp_path):
+    program, profile = tmp_path / "program.py", tmp_path / "profile"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+
+    def run(text, *words):
+        program.write_text(text)
+        command = [sys.executable, *words, str(program)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+    for words in ((), ("-m", "cProfile", "-o", str(profile))):  # which writes when the program is left
+        left = run(LEAVING, *words)
+        assert (left.returncode, left.stdout, left.stderr) == (3, "closed.", "")
+    assert profile.stat().st_size > 0
+    assert run(LEAVING.replace("leave(3)", "")).returncode < 0
