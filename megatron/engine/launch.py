@@ -127,8 +127,8 @@ def leave(code: int) -> NoReturn:
     """End a rank's process with this exit code, as `sys.exit` does, but for what follows its exit handlers.
 
     That would not be safe. A thread of gloo that lets go of a collective's tensor waits for Python's lock; where the
-    interpreter is ending, Python ends that thread, inside a C++ destructor, which aborts the process: a run that is done
-    and saved would count as failed, now and then.
+    interpreter is ending, Python ends that thread, inside a C++ destructor, which aborts the process: a run that is
+    done and saved would count as failed, now and then.
     """
     atexit.register(_end, code)
     sys.exit(code)
