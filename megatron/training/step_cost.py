@@ -102,7 +102,8 @@ def predict_step(
         cluster: where they are.
 
     Raises:
-        ConfigError: the optimizer or weights are on the host, whose speed no rate here tells.
+        ConfigError: the optimizer or weights are on the host, whose speed no rate here tells, or ranks that copy into
+            each other's memory on several.
     """
     engine = config.engine
     for flag, given in (("--cpu-optimizer", engine.cpu_optimizer), ("--remote-device", engine.remote_device != "none")):
@@ -205,6 +206,13 @@ class _Shape:
         regathered = 0 if parallel.keep_gathered_inputs else 2
         moved = group.gather(self.hidden_bytes)
         ends = (2 * (index == 0) + 3 * last) * moved  # the head gathers its input again for its weight's gradient
+        if parallel.tp_comm_overlap == "copies" and group.hosts > 1:
+            raise ConfigError(
+                [
+                    f"--tp-comm-overlap copies: {group.size} tensor ranks would be on {group.hosts} hosts, and copies "
+                    "go between GPUs of one; use --tp-comm-overlap none, or fewer tensor ranks"
+                ]
+            )
         if parallel.tp_comm_overlap != "copies":
             return (blocks * (8 + regathered) + 4 * again - spared) * moved + ends
         return (

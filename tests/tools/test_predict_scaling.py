@@ -59,6 +59,7 @@ def test_slower_networks_are_predicted_to_be_slower(tool, tmp_path):
         (["--measured", "TP: 2=5"], "--measured TP: there is no --layout of that name"),
         (["--tflops", "0"], "--tflops 0.0 must be above 0"),
         (["--cpu-optimizer"], "--cpu-optimizer makes a step as slow as the host"),
+        ([*TP.split(), "--tp-comm-overlap", "copies", "--gpus-per-host", "1"], "2 tensor ranks would be on 2 hosts"),
     ],
 )
 def test_what_cannot_be_read_or_predicted_is_one_sentence(tool, capsys, words, said):
