@@ -112,7 +112,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--model", choices=SHAPES, help=argparse.SUPPRESS)
     for name, default in (("--ranks", 1), ("--steps", 5), ("--accumulate", 1), ("--timeout", 1800)):
-        parser.add_argument(name, type=_positive, default=default, help=argparse.SUPPRESS)
+        parser.add_argument(name, type=positive, default=default, help=argparse.SUPPRESS)
     parser.add_argument("--warm-up", type=_count, help=argparse.SUPPRESS)
     parser.add_argument("--sweep", action="append", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--predict", action="store_true", help=argparse.SUPPRESS)
@@ -126,7 +126,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return options, [*shlex.split(DEFAULTS), *shape, *words]
 
 
-def _positive(word: str) -> int:
+def positive(word: str) -> int:
+    """Read a number of at least 1."""
     value = int(word)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{word} is not at least 1")
@@ -264,11 +265,7 @@ def require_matplotlib() -> None:
 
 
 def draw(rows: Sequence[Row], output: Path) -> None:
-    """Draw TFLOP/s and memory over the first sweep into a PNG.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Draw TFLOP/s and memory over the first sweep into a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -288,6 +285,15 @@ def draw(rows: Sequence[Row], output: Path) -> None:
         axes.set_xticks(range(len(rows)), labels, rotation=45)
         axes.grid(alpha=0.3)
         axes.legend()
+    save_picture(figure, output)
+
+
+def save_picture(figure: Any, output: Path) -> None:
+    """Write a figure as a PNG.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     try:
         figure.savefig(output, dpi=120)
     except (OSError, ValueError) as error:

@@ -37,7 +37,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from benchmark import DEFAULTS, configure, require_matplotlib
+from benchmark import DEFAULTS, configure, positive, require_matplotlib, save_picture
 from model_shapes import SHAPES, shape_flags
 
 from megatron.config.errors import UserError, tell
@@ -111,14 +111,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"--tflops {options.tflops} must be above 0, --host-ms {options.host_ms} not below")
     shape = [] if options.model is None else shape_flags(options.model)
     return options, [*shlex.split(DEFAULTS), *shape, *words]
-
-
-def positive(word: str) -> int:
-    """Read a number of at least 1."""
-    value = int(word)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{word} is not at least 1")
-    return value
 
 
 def named_flags(text: str) -> tuple[str, list[str]]:
@@ -196,11 +188,7 @@ def line(row: Row) -> str:
 
 
 def draw(rows: Sequence[Row], output: Path) -> None:
-    """Draw efficiency and the share of communication over the ranks into a PNG; what was measured as circles.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Draw efficiency and the share of communication over the ranks into a PNG; what was measured as circles."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -219,10 +207,7 @@ def draw(rows: Sequence[Row], output: Path) -> None:
         axes.set(title=title, xlabel="GPUs", ylim=(0, 105 if axes is speed else None))
         axes.grid(alpha=0.3)
         axes.legend()
-    try:
-        figure.savefig(output, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--picture {output} cannot be written: {error}") from error
+    save_picture(figure, output)
 
 
 if __name__ == "__main__":
