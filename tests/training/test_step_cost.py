@@ -74,6 +74,25 @@ def test_tensor_ranks_tell_each_other_as_often_as_is_counted(flags):
     assert run_on_ranks(2, hidden_states_told, words, initialize=False, deepspeed=True) == [counted] * 2
 
 
+def exchanges_made(flags):
+    from megatron.engine.launch import read_environment
+    from megatron.training.build import build_trainer
+
+    environment = read_environment()
+    trainer = build_trainer(parse_run_config(flags, environment.world_size, rank=environment.rank), environment)
+    with mock.patch.object(dist, "all_to_all_single", side_effect=dist.all_to_all_single) as exchange:
+        trainer.fit()
+    return exchange.call_count
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_ulysses_ranks_exchange_as_often_as_is_counted(recompute):
+    flags = f"--ds-sequence-parallel-size 2 --global-batch-size 2 --recompute-granularity {recompute}"
+    counted = predict(flags, 2, local=Link(1.0, math.inf)).ulysses
+    words = [*RUN, *shlex.split(flags), "--precision", "fp32"]
+    assert run_on_ranks(2, exchanges_made, words, initialize=False, deepspeed=True) == [counted] * 2
+
+
 GPT = shlex.split(
     """
     --mock-data --vocab-size 50304 --train-iters 1 --lr 1e-4 --hidden-dropout 0 --attention-dropout 0
