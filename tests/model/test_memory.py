@@ -16,7 +16,6 @@ from megatron.model.gpt import GPT
 from megatron.model.init import initialize_parameters
 from megatron.model.memory import block_memory, head_memory, rank_parameters
 from megatron.model.recompute_flops import UnitShape
-from megatron.parallel import collectives
 from megatron.parallel.groups import Group, ParallelGroups, create_groups
 from megatron.parallel.mesh import Mesh
 from megatron.parallel.recompute import NONE
@@ -93,16 +92,14 @@ def test_a_block_keeps_what_the_table_of_recompute_says(changes, backend, mlp_ch
     assert predicted.stream == TOKENS * HIDDEN * 4
 
 
-def bytes_of_a_block_of_ulysses_ranks():
-    return bytes_of_a_block(NONE, groups=create_groups(Mesh(ulysses=2), dist.get_rank()))
-
-
+@pytest.mark.usefixtures("other_ranks_are_like_this_one")
 def test_a_block_of_ulysses_ranks_keeps_the_result_of_attention_twice():
     config = tiny_config()
     shapes = [UnitShape(tokens=TOKENS, seq_length=SEQUENCE, itemsize=4, exchanged=both) for both in (False, True)]
     once, twice = (block_memory(config, shape, sequence_parallel=False, fused=False).kept for shape in shapes)
     assert twice - once == TOKENS * HIDDEN * 4
-    assert run_on_ranks(2, bytes_of_a_block_of_ulysses_ranks) == [twice, twice]
+    ulysses = Group(ranks=(0, 1), rank=0, handle=None)
+    assert bytes_of_a_block(NONE, groups=replace(ParallelGroups.alone(), ulysses=ulysses)) == twice
 
 
 class Alive(TorchDispatchMode):
@@ -125,34 +122,6 @@ class Alive(TorchDispatchMode):
                 weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
         self.peak = max(self.peak, self.total)
         return result
-
-
-class UnderWay:
-    """A collective that has its input until somebody waits for it, as NCCL's do; gloo's lose theirs at any time."""
-
-    def __init__(self, input):
-        self._input = input
-
-    def wait(self):
-        self._input = None
-
-
-def gather_copies(whole, shard, **_):
-    for place in whole.split(shard.shape[0]):
-        place.copy_(shard)
-    return UnderWay(shard)
-
-
-def scatter_own(shard, summand, **_):
-    shard.copy_(summand[: shard.shape[0]])
-    return UnderWay(summand)
-
-
-@pytest.fixture
-def other_ranks_are_like_this_one(monkeypatch):
-    monkeypatch.setattr(collectives, "_all_gather", gather_copies)
-    monkeypatch.setattr(collectives, "_reduce_scatter", scatter_own)
-    monkeypatch.setattr(collectives.dist, "all_reduce", lambda tensor, **_: UnderWay(tensor))
 
 
 LONG = 512

@@ -1,20 +1,18 @@
 """Recompute of a whole model: the same gradients under every policy, and what is held in memory between the passes."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron.model.recompute_flops import UnitShape, kept_products
-from megatron.parallel.groups import Group, create_groups
-from megatron.parallel.mesh import Mesh
+from megatron.parallel.groups import Group, ParallelGroups
 from megatron.parallel.recompute import FULL, NONE, RecomputePolicy
 from tests.model.tiny import LLAMA, random_tokens, tiny_gpt
-from tests.ranks import run_on_ranks
 
 SEQUENCE, BATCH, HIDDEN = 16, 2, 32
 TOKENS = SEQUENCE * BATCH
@@ -176,18 +174,15 @@ def test_products_hold_what_was_planned_for_them(backend, attention, budget_byte
     assert bytes_held(policy, **changes) == bytes_held(FULL, **changes) + 3 * planned
 
 
-def share_of_inputs():
-    """Bytes held on each of two tensor ranks, and how many of them are inputs."""
-    groups = create_groups(Mesh(tensor=2), dist.get_rank())
-    held = {}
-    for name, split_over in (("whole", Group.alone()), ("divided", groups.tensor)):
-        policy = RecomputePolicy(granularity="full", split_over=split_over)
-        held[name] = [bytes_held(policy, num_layers, groups=groups) for num_layers in (2, 4)]
-    return held
-
-
+@pytest.mark.usefixtures("other_ranks_are_like_this_one")
 def test_divided_inputs_take_their_share():
-    for held in run_on_ranks(2, share_of_inputs):
-        whole, divided = ((more - fewer) // 2 for fewer, more in held.values())
-        assert whole == TOKENS * HIDDEN * 4
-        assert divided == whole // 2
+    tensor = Group(ranks=(0, 1), rank=0, handle=None)
+    whole, divided = (
+        bytes_of_a_block(
+            RecomputePolicy(granularity="full", split_over=split_over),
+            groups=replace(ParallelGroups.alone(), tensor=tensor),
+        )
+        for split_over in (Group.alone(), tensor)
+    )
+    assert whole == TOKENS * HIDDEN * 4
+    assert divided == whole // 2
