@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(measure(options, words, swept))
             print(line(rows[-1]), flush=True)
             if options.json is not None:  # after each row: a later one may bring the machine down
-                options.json.write_text(json.dumps({"command": sys.argv, "rows": rows}, indent=1) + "\n")
+                save_json({"command": sys.argv, "rows": rows}, options.json)
         if options.picture is not None:
             draw(rows, options.picture)
     except UserError as error:
@@ -286,6 +286,18 @@ def draw(rows: Sequence[Row], output: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     save_picture(figure, output)
+
+
+def save_json(content: dict[str, Any], output: Path) -> None:
+    """Write figures as JSON.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {output} cannot be written: {error}") from error
 
 
 def save_picture(figure: Any, output: Path) -> None:

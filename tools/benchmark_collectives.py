@@ -14,7 +14,7 @@ relative terms: what `tools/predict_scaling.py` asks for. NCCL where there are G
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import statistics
 import sys
 import time
@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
+
+from benchmark import positive, save_json
 
 from megatron.config.errors import UserError, tell
 from megatron.engine.launch import leave, read_environment, start, stop
@@ -48,17 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{'':16}" + "".join(f"{f'{mib:g} MiB':>20}" for mib in arguments.mib) + f"{'fit':>28}", flush=True)
         for name, times in measure(arguments.mib, arguments.repeat, environment.world_size, device):
             latency, bandwidth = fit(times)
-            figures["collectives"][name] = {"seconds": times, "latency": latency, "bytes_per_second": bandwidth}
+            rate = bandwidth if math.isfinite(bandwidth) else None
+            figures["collectives"][name] = {"seconds": times, "latency": latency, "bytes_per_second": rate}
             if rank == 0:
                 cells = (f"{f'{1e6 * t:.0f} us {size / t / 1e9:.1f} GB/s':>20}" for size, t in times.items())
                 line = f"{1e6 * latency:.0f} us + {bandwidth / 1e9:.1f} GB/s"
                 print(f"{name:16}{''.join(cells)}{line:>28}", flush=True)
         stop()
+        if rank == 0 and arguments.json is not None:
+            save_json(figures, arguments.json)
     except UserError as error:
         tell(error, rank)
         return 2
-    if rank == 0 and arguments.json is not None:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -67,10 +70,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def sizes(text: str) -> list[float]:
-        return [float(part) for part in text.split(",")]
+        found = [float(part) for part in text.split(",")]
+        if min(found) <= 0:
+            raise ValueError
+        return found
 
     parser.add_argument("--mib", type=sizes, default=[1.0, 4.0, 16.0, 64.0], help=argparse.SUPPRESS)
-    parser.add_argument("--repeat", type=int, default=20, help=argparse.SUPPRESS)
+    parser.add_argument("--repeat", type=positive, default=20, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -144,15 +150,17 @@ def seconds_of(collective: Callable[[], Any], repeat: int, device: Any) -> float
 def fit(seconds: dict[int, float]) -> tuple[float, float]:
     """Latency in s and bandwidth in bytes/s by which `time = latency + bytes / bandwidth` errs least, relatively."""
     if len(seconds) == 1:
-        ((size, time_taken),) = seconds.items()
-        return 0.0, size / time_taken
+        ((size, taken),) = seconds.items()
+        return 0.0, size / taken
     # Of a x 1/t + b x bytes/t = 1: two normal equations.
     rows = [(1 / taken, size / taken) for size, taken in seconds.items()]
     aa, ab, bb = (sum(row[i] * row[j] for row in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
     a, b = sum(row[0] for row in rows), sum(row[1] for row in rows)
     latency, slope = (a * bb - b * ab) / (aa * bb - ab * ab), (b * aa - a * ab) / (aa * bb - ab * ab)
     if latency < 0:  # the line through the origin fits best of those that are possible
-        latency, slope = 0.0, b / bb
+        return 0.0, bb / b
+    if slope <= 0:  # as slow however much it is: so fits a latency alone
+        return a / aa, math.inf
     return latency, 1 / slope
 
 

@@ -28,23 +28,20 @@ percent of a step: compute; tensor, ulysses, sends and data, in which ranks comm
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone that is not installed
 
-from benchmark import DEFAULTS, configure, positive, require_matplotlib, save_picture
+from benchmark import DEFAULTS, configure, positive, require_matplotlib, save_json, save_picture
 from model_shapes import SHAPES, shape_flags
 
 from megatron.config.errors import UserError, tell
 
 Row = dict[str, Any]
-
-PARTS = ("compute", "tensor", "ulysses", "sends", "data", "waiting", "host")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, _ = parse(argv)
         if options.picture is not None:
             require_matplotlib()
-        layouts = dict(map(named_flags, options.layout or ["run:"]))
-        measured = dict(map(named_times, options.measured))
+        layouts = once_each("--layout", map(named_flags, options.layout or ["run:"]))
+        measured = once_each("--measured", map(named_times, options.measured))
         if unknown := set(measured) - set(layouts):
             raise UserError(f"--measured {', '.join(sorted(unknown))}: there is no --layout of that name")
         print(heading(), flush=True)
@@ -65,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append({"layout": name, "ranks": ranks, "measured_ms": measured.get(name, {}).get(ranks)})
                 rows[-1] |= predict([*argv, *flags], ranks)
                 print(line(rows[-1]), flush=True)
+        if all("refused" in row for row in rows):
+            raise UserError(rows[0]["refused"])
         if options.json is not None:
-            options.json.write_text(json.dumps({"command": argv, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+            save_json({"command": argv, "rows": rows}, options.json)
         if options.picture is not None:
             draw(rows, options.picture)
     except UserError as error:
@@ -113,6 +112,20 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, [*shlex.split(DEFAULTS), *shape, *words]
 
 
+def once_each(flag: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Give what belongs to each name.
+
+    Raises:
+        UserError: a name comes twice.
+    """
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise UserError(f"{flag} {name}: is given twice; name each layout differently")
+        found[name] = value
+    return found
+
+
 def named_flags(text: str) -> tuple[str, list[str]]:
     """Read `NAME: FLAGS`.
 
@@ -143,12 +156,9 @@ def predict(argv: Sequence[str], ranks: int) -> Row:
     """Make one row: milliseconds and what they are for, or why the flags are `refused` for so many ranks."""
     from megatron.training.benchmark import predict_seconds
     from megatron.training.cluster import Cluster, Link
+    from megatron.training.step_cost import PARTS
 
     options, words = parse(argv)
-    try:
-        config, words = configure(words, ranks, options.accumulate)
-    except UserError as error:
-        return {"refused": str(error).splitlines()[0]}
     cluster = Cluster(
         flops=options.tflops * 1e12,
         host_seconds=options.host_ms / 1e3,
@@ -156,7 +166,11 @@ def predict(argv: Sequence[str], ranks: int) -> Row:
         local=Link(*options.local),
         network=Link(*options.network),
     )
-    cost = predict_seconds(config, ranks, cluster)
+    try:
+        config, words = configure(words, ranks, options.accumulate)
+        cost = predict_seconds(config, ranks, cluster)
+    except UserError as error:
+        return {"refused": str(error)}
     tokens = config.training.global_batch_size * config.data.seq_length
     return {
         "flags": words,
@@ -171,6 +185,8 @@ def predict(argv: Sequence[str], ranks: int) -> Row:
 
 def heading() -> str:
     """Name the columns."""
+    from megatron.training.step_cost import PARTS
+
     titles = ("ranks", "ms/step", "tokens/s/GPU", "efficiency", "comm.", *PARTS, "measured", "off by")
     return f"{'layout':24}" + "".join(f"{title:>13}" for title in titles)
 
@@ -179,9 +195,9 @@ def line(row: Row) -> str:
     """Write a row of the table."""
     start = f"{row['layout']:24}{row['ranks']:>13,}"
     if "refused" in row:
-        return f"{start}   refused: {row['refused']}"
+        return f"{start}   refused: {row['refused'].splitlines()[0]}"
     cells = [f"{row['ms_per_step']:,.1f}", f"{row['tokens_per_second_per_gpu']:,.0f}", f"{row['efficiency']:.1%}"]
-    cells += [f"{row['communication']:.1%}", *(f"{row['shares'][part]:.1%}" for part in PARTS)]
+    cells += [f"{row['communication']:.1%}", *(f"{share:.1%}" for share in row["shares"].values())]
     if (measured := row["measured_ms"]) is not None:
         cells += [f"{measured:,.1f}", f"{row['ms_per_step'] / measured - 1:+.1%}"]
     return start + "".join(f"{cell:>13}" for cell in cells)

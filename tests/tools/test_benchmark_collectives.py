@@ -1,6 +1,7 @@
 """What ranks can tell each other, measured over gloo, and the line through it."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -46,7 +47,19 @@ def test_a_latency_is_never_negative(tool):
     assert tool.fit({1000: 2.0}) == (0.0, 500.0)
 
 
+def test_what_takes_no_longer_for_more_is_latency_alone(tool):
+    assert tool.fit({1000: 2.0, 2000: 2.0}) == (pytest.approx(2.0), math.inf)
+    assert tool.fit({1000: 2.0, 2000: 1.0}) == (pytest.approx(1.2), math.inf)
+
+
 def test_a_rank_alone_is_told_to_bring_others(run_tool):
     alone = run_tool("benchmark_collectives.py")
     assert alone.returncode == 2
     assert alone.stderr.startswith("one rank has nobody to talk to: start several")
+
+
+@pytest.mark.parametrize("words", [["--mib", "0,4"], ["--repeat", "0"]])
+def test_sizes_and_numbers_are_above_zero(run_tool, words):
+    refused = run_tool("benchmark_collectives.py", *words)
+    assert refused.returncode == 2
+    assert f"argument {words[0]}" in refused.stderr

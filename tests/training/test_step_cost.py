@@ -32,11 +32,17 @@ def predict(flags, ranks, *, local=FREE, network=FREE, flops=1e15, run=RUN, **ch
     return predict_seconds(config, ranks, cluster)
 
 
+def trainer_of(flags):
+    from megatron.engine.launch import read_environment
+    from megatron.training.build import build_trainer
+
+    environment = read_environment()
+    return build_trainer(parse_run_config(flags, environment.world_size, rank=environment.rank), environment)
+
+
 def hidden_states_told(flags):
     """Count the collectives of a step whose tensor is as large as the hidden states of a micro-batch."""
-    from megatron.engine.launch import read_environment
     from megatron.parallel import collectives
-    from megatron.training.build import build_trainer
 
     sizes = []
 
@@ -47,8 +53,7 @@ def hidden_states_told(flags):
 
         return call
 
-    environment = read_environment()
-    trainer = build_trainer(parse_run_config(flags, environment.world_size, rank=environment.rank), environment)
+    trainer = trainer_of(flags)
     with (
         mock.patch.object(collectives, "_all_gather", noted(collectives._all_gather, 0)),
         mock.patch.object(collectives, "_reduce_scatter", noted(collectives._reduce_scatter, 1)),
@@ -75,11 +80,7 @@ def test_tensor_ranks_tell_each_other_as_often_as_is_counted(flags):
 
 
 def exchanges_made(flags):
-    from megatron.engine.launch import read_environment
-    from megatron.training.build import build_trainer
-
-    environment = read_environment()
-    trainer = build_trainer(parse_run_config(flags, environment.world_size, rank=environment.rank), environment)
+    trainer = trainer_of(flags)
     with mock.patch.object(dist, "all_to_all_single", side_effect=dist.all_to_all_single) as exchange:
         trainer.fit()
     return exchange.call_count
@@ -126,8 +127,9 @@ def test_one_rank_only_computes():
 
 def test_an_even_pipeline_waits_as_long_as_1f1b_fills():
     cost = predict("--pipeline-model-parallel-size 4 --global-batch-size 12 --vocab-size 1", 4)
-    share_of_head = 128 * 64 / (12 * 64 * 64 + 128 * 64)
-    assert cost.waiting / cost.compute == pytest.approx(3 / 6 * (1 - share_of_head), rel=0.1)
+    block = 2 * 12 * 64 * 64 + 4 * 64 * 48 / 2  # its products, and the half of attention that is causal
+    head = 2 * 128 * 64  # of the smallest padded vocabulary, on the last stage
+    assert cost.waiting / cost.compute == pytest.approx(3 * block / (6 * (block + head)))
 
 
 def test_an_uneven_pipeline_is_as_slow_as_its_slowest_stage():
